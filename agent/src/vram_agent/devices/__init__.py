@@ -1,0 +1,1 @@
+"""Devices: whose memory is given back. One file each."""

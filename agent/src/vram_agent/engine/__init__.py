@@ -1,0 +1,1 @@
+"""How weights move: the arena, discovery, and the engines for torch and ONNX Runtime."""

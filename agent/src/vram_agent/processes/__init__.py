@@ -1,0 +1,1 @@
+"""Processes that hold models: templates, GPU processes and the channel to them."""

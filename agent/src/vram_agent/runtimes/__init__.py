@@ -1,0 +1,1 @@
+"""Runtimes: who loads a model and runs its tasks. One file each."""

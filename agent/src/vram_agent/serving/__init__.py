@@ -1,0 +1,1 @@
+"""HTTP: what applications and the operator see of the supervisor."""

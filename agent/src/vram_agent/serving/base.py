@@ -1,0 +1,107 @@
+"""What HTTP asks of the supervisor; serving/ knows nothing else of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from vram_agent.backend import LoadedModel, Task, TaskResult
+from vram_agent.protocol import (
+    ActionReport,
+    AgentConfig,
+    ModelReport,
+    ModelSpec,
+    OffloadTier,
+    Report,
+    RestartRequest,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelView:
+    """A model as a client sees it: its spec, its state, and its signature once it was loaded."""
+
+    spec: ModelSpec
+    report: ModelReport
+    loaded: LoadedModel | None
+
+    @property
+    def is_ready(self) -> bool:
+        """A lazy model that can load counts as ready; only Failed does not."""
+        return self.report.state != "Failed"
+
+
+class ModelServer(Protocol):
+    """The supervisor as serving/ sees it. Every method runs on the supervisor's event loop."""
+
+    def models(self) -> list[ModelView]:
+        """Return every model of the config, in its order."""
+        ...
+
+    def model(self, name: str) -> ModelView:
+        """Return one model. Raises NoSuchModelError."""
+        ...
+
+    def report(self) -> Report:
+        """Measure and return the report; each call counts ``sequence`` up."""
+        ...
+
+    def is_live(self) -> bool:
+        """Whether the supervisor's own loops run."""
+        ...
+
+    def is_ready(self) -> bool:
+        """Whether new requests are taken: started, not draining."""
+        ...
+
+    async def submit(
+        self, model: str, task: Task, *, keep_alive_seconds: float | None = None
+    ) -> TaskResult:
+        """Queue the task, bring the model into VRAM, run it and return its result.
+
+        ``keep_alive_seconds`` overrides afterTask: 0 offload at once, -1 keep, None the spec's.
+        Raises the types of errors.py. Cancelling gives up the place in the queue.
+        """
+        ...
+
+    async def load(self, model: str) -> ModelReport:
+        """Bring a model into VRAM without a task."""
+        ...
+
+    async def offload(self, model: str, tier: OffloadTier | None = None) -> ModelReport:
+        """Take a model out of VRAM once no task runs on it; None = the spec's offloadTier."""
+        ...
+
+    async def unload(self, model: str) -> ModelReport:
+        """Drop a model to the Disk tier once no task runs on it."""
+        ...
+
+    async def scrub(self) -> Report:
+        """Scrub every GPU process."""
+        ...
+
+    async def drain(self) -> Report:
+        """Take no new requests; return when all accepted ones have been answered."""
+        ...
+
+    def resume(self) -> Report:
+        """Take requests again."""
+        ...
+
+    async def apply_config(self, config: AgentConfig) -> Report:
+        """Take a new config without a restart; models that changed are unloaded first.
+
+        Raises BadInputError where a field cannot be changed live (listen, device, control).
+        """
+        ...
+
+    def recycle(self, request: RestartRequest) -> ActionReport:
+        """Begin to drain and then end and respawn the GPU processes; returns at once.
+
+        The same restart ID again changes nothing and returns the same action.
+        """
+        ...
+
+    def restart(self, request: RestartRequest) -> ActionReport:
+        """Begin to drain, then let PID 1 exit 0; returns at once; the same ID changes nothing."""
+        ...

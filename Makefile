@@ -1,0 +1,62 @@
+# Everything a contributor or CI runs. `make` alone says what there is.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+BIN := .venv/bin
+LEVEL ?= node
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help setup demo demo-down test check lint unit integration e2e cluster-up cluster-down generate bench lock clean
+
+help: ## say what there is
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: .venv/.ready ## the environment in .venv; the other targets call it
+
+.venv/.ready: requirements/setup.txt requirements/dev.txt agent/pyproject.toml operator/pyproject.toml scripts/setup
+	@scripts/setup
+	@touch $@
+
+demo: setup ## from nothing to a served model on a local Kubernetes, and a residual restart watched live
+	@$(BIN)/python -m demo
+
+demo-down: setup ## take the demo's cluster away
+	@$(BIN)/python -m demo --down
+
+check: setup lint unit ## format, lint, types, architecture, generated files, unit tests: under 2 minutes
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy agent/src operator/src tests demo
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m vram_operator.crds --check
+
+unit: setup
+	$(PYTEST) tests/unit
+
+integration: setup ## runtimes, agents and the operator on a real control plane (no root needed)
+	$(PYTEST) tests/models tests/conformance tests/chart tests/integration tests/cluster -m 'not node'
+
+e2e: setup ## the whole system on a local node (root)
+	$(PYTEST) tests/cluster tests/e2e -m node
+
+test: check ## all that CI runs
+	$(PYTEST) tests/models tests/conformance tests/chart tests/integration tests/cluster tests/e2e
+
+cluster-up: setup ## a local Kubernetes; writes .cluster/kubeconfig (LEVEL=control-plane|node)
+	@$(BIN)/python -m tests.cluster up --level $(LEVEL) --dir .cluster
+
+cluster-down: setup ## take the local Kubernetes away
+	@$(BIN)/python -m tests.cluster down --dir .cluster
+
+generate: setup ## write the CRDs and what is made from the types
+	$(BIN)/python -m vram_operator.crds
+
+bench: setup ## measure; writes bench/results/
+	$(BIN)/python -m bench
+
+lock: setup ## lock the requirements anew
+	scripts/lock
+
+clean: ## remove the environment and caches of this checkout
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

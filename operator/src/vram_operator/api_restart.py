@@ -153,8 +153,8 @@ class RestartStatus(Status, frozen=True, kw_only=True):
         Meta(description="Residual before minus residual after, not below zero."),
     ] = None
     downtime_seconds: Annotated[
-        int | None,
-        Meta(ge=0, description="For how long the pod was not ready, as Kubernetes saw it."),
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="For how long the pod was not ready, as Kubernetes saw it."),
     ] = None
     start_time: Annotated[Timestamp | None, Meta(description="When the operator first acted.")] = (
         None

@@ -24,7 +24,7 @@ from vram_operator.api_wire import Spec
 
 _CRON_FIELD = r"[0-9A-Za-z*/,#?-]+"
 _CRON = (
-    rf"@(yearly|annually|monthly|weekly|daily|midnight|hourly)|{_CRON_FIELD}( +{_CRON_FIELD}){{4}}"
+    rf"@(yearly|annually|monthly|weekly|daily|midnight|hourly)|{_CRON_FIELD}(\s+{_CRON_FIELD}){{4}}"
 )
 
 TimeZone = Annotated[
@@ -246,6 +246,23 @@ class RestartPolicy(Spec, frozen=True, kw_only=True):
     ] = False
 
 
+_WORKLOAD_MODEL: dict[str, Any] = MODEL_RULES | {
+    # Options are free-form; this one is named, since a rule cannot see what a schema does not name.
+    "properties": {
+        "options": {
+            "properties": {
+                "loadsOn": {
+                    "description": "For the runtime Python: cuda where the code insists on CUDA "
+                    "while it loads. Such a model has the tiers PinnedHost and Disk only.",
+                    "type": "string",
+                    "maxLength": 16,
+                }
+            }
+        }
+    }
+}
+
+
 class WorkloadSpec(Spec, frozen=True, kw_only=True):
     """What is wanted of a GPUModelWorkload."""
 
@@ -266,7 +283,7 @@ class WorkloadSpec(Spec, frozen=True, kw_only=True):
         ),
     ] = None
     models: Annotated[
-        list[Annotated[ModelSpec, Meta(extra_json_schema=MODEL_RULES)]],
+        list[Annotated[ModelSpec, Meta(extra_json_schema=_WORKLOAD_MODEL)]],
         Meta(
             max_length=64,
             description="The models that the pods serve, by name. Required with template; with "

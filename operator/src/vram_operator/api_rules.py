@@ -49,11 +49,14 @@ MODEL_RULES = _rules(
     )
 )
 
+# A CRD is refused unless its rules hold for the default {} before its fields are filled in, hence
+# the has().
 RESTART_POLICY_RULES = _rules(
     (
         (
-            f"self.cooldownSeconds >= {MINIMUM_IN_PLACE_COOLDOWN_SECONDS} "
-            "|| !(self.method in ['Auto', 'InPlace'])"
+            f"!has(self.cooldownSeconds) "
+            f"|| self.cooldownSeconds >= {MINIMUM_IN_PLACE_COOLDOWN_SECONDS} "
+            "|| (has(self.method) && !(self.method in ['Auto', 'InPlace']))"
         ),
         (
             f"cooldownSeconds must be at least {MINIMUM_IN_PLACE_COOLDOWN_SECONDS} with the "

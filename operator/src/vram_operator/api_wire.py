@@ -8,7 +8,7 @@ unwritten. Called by whatever turns an object of the apiserver into a type of
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
@@ -64,7 +64,7 @@ def decode(value: dict[str, Any], to: type[T]) -> T:
 
 
 def encode(value: Struct) -> dict[str, Any]:
-    """Return what is to be written: camelCase, timestamps in RFC 3339 seconds, nulls left out."""
+    """Return what is to be written: camelCase, times in whole seconds of UTC, nulls left out."""
     encoded: dict[str, Any] = _without_nulls(msgspec.to_builtins(value, builtin_types=(datetime,)))
     return encoded
 
@@ -99,7 +99,7 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, datetime):
-        return value.isoformat(timespec="seconds").replace("+00:00", "Z")
+        return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return value
 
 

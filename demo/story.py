@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vram_agent.protocol import ModelState, Report
 
 from demo.console import BytesTable, Step, StepFailedError, Steps, mebibytes
 from demo.pod import Forward, Pod, wait_for
 from tests import cluster, models
-from tests.cluster import build, images
+from tests.cluster import build
+from tests.cluster.images import Image
+from tests.support.project_images import chart_values, project_image
 
 DIRECTORY = Path(".cluster")
 OPERATOR_NAMESPACE = "vram-system"
@@ -30,6 +32,7 @@ class Story:
         self._root = root
         self._bytes = BytesTable()
         self._cluster: cluster.Cluster
+        self._images: list[Image] = []
 
     def tell(self) -> None:
         """Run every step. Raises StepFailedError at the first that did not happen."""
@@ -62,22 +65,25 @@ class Story:
             print(self._cluster.kubectl("get", "nodes"), end="")
 
     def _build_and_load_images(self) -> None:
-        for name in ("operator", "agent"):
+        names: tuple[Literal["operator", "agent"], ...] = ("operator", "agent")
+        for name in names:
             with self._steps.step(f"the {name}'s image, built from Dockerfile.{name}") as step:
-                archive = images.project_image(name)
-                step.say(f"{mebibytes(archive.stat().st_size)} to import into the node")
-                self._cluster.load_image(archive)
+                image = project_image(name)
+                size = mebibytes(image.archive.stat().st_size)
+                step.say(f"{image.reference}: {size} to import into the node")
+                self._cluster.load_image(image.archive)
+                self._images.append(image)
 
     def _install(self) -> None:
         with self._steps.step("the chart, installed by helm"):
-            chosen = [f"--set={key}={value}" for key, value in images.chart_values().items()]
+            values = chart_values(*self._images) if self._images else {}
             self._run(
-                str(build.component("helm")),
+                str(build.helm()),
                 f"--kubeconfig={self._cluster.kubeconfig}",
                 *("upgrade", "--install", "vram-operator", "charts/vram-operator"),
                 *("--namespace", OPERATOR_NAMESPACE, "--create-namespace"),
                 *("--wait", "--timeout", "180s"),
-                *(chosen if self._cluster.managed else []),
+                *(f"--set={key}={value}" for key, value in values.items()),
             )
             print(self._cluster.kubectl("get", "pods", "-n", OPERATOR_NAMESPACE), end="")
 

@@ -1,0 +1,52 @@
+"""The project's own images, built from its Dockerfiles, and the chart values that use them.
+
+Called by the end-to-end tests and the demo.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from tests.cluster import images
+
+ROOT = Path(__file__).parents[2]
+AGENT_EXTRAS = "whisper,onnx"
+
+
+def project_image(name: Literal["agent", "operator"]) -> images.Image:
+    """Build ``Dockerfile.<name>``; cached by the content of all that it copies. Needs root."""
+    sources = ["agent"] if name == "agent" else ["agent", "operator"]
+    inputs = [path for source in sources for path in _tracked_sources(ROOT / source)]
+    requirements = sorted((ROOT / "requirements").glob("*.txt"))
+    return images.build_image(
+        images.Recipe(
+            name=f"localhost/vram-{name}",
+            dockerfile=ROOT / f"Dockerfile.{name}",
+            context=ROOT,
+            inputs=[*inputs, *(path for path in requirements if path.name != "dev.txt")],
+            build_args={"EXTRAS": AGENT_EXTRAS} if name == "agent" else {},
+        )
+    )
+
+
+def chart_values(operator: images.Image, agent: images.Image) -> dict[str, str]:
+    """Return the ``--set`` values that make the chart use images loaded into the node."""
+    values: dict[str, str] = {}
+    for key, image in (("image", operator), ("agentImage", agent)):
+        repository, _, tag = image.reference.rpartition(":")
+        values |= {
+            f"{key}.repository": repository,
+            f"{key}.tag": tag,
+            f"{key}.pullPolicy": "Never",
+        }
+    return values
+
+
+def _tracked_sources(folder: Path) -> list[Path]:
+    """Files that an image is made of: no bytecode, nothing a build left behind."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and ".egg-info" not in str(path)
+    )

@@ -1,0 +1,103 @@
+"""Reads what a request brings, never more than the limit, and says what is wrong with it.
+
+Why it exists: limits, headers and model names are checked in one way by every API. Called by the
+handlers; decides nothing about models.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import msgspec
+from aiohttp import HttpVersion11, hdrs, web
+
+from vram_agent.backend import TaskKind
+from vram_agent.errors import AgentError, BadInputError, TooLargeError
+from vram_agent.protocol import format_quantity
+from vram_agent.serving.answers import error_answer
+from vram_agent.serving.base import ModelServer, ModelView
+from vram_agent.serving.context import LIMITS, MODEL, SERVER
+
+KEEP_ALIVE_HEADER = "X-Vram-Keep-Alive"
+
+T = TypeVar("T")
+
+
+def ensure_size(number_of_bytes: int | None, limit_bytes: int) -> None:
+    """Raise TooLargeError where a body, announced or received, is beyond the limit."""
+    if number_of_bytes is not None and number_of_bytes > limit_bytes:
+        raise TooLargeError(
+            f"the request is larger than {format_quantity(limit_bytes)} bytes (limits.requestBytes)"
+        )
+
+
+async def refuse_large_before_continue(request: web.Request) -> web.StreamResponse | None:
+    """Answer ``Expect: 100-continue``: 413 before the client sends what would be refused."""
+    if request.version != HttpVersion11:
+        return None
+    if request.headers.get(hdrs.EXPECT, "").lower() != "100-continue":
+        return error_answer(request.path, BadInputError("Expect: only 100-continue is known"))
+    try:
+        ensure_size(request.content_length, request.app[LIMITS].request_bytes)
+    except AgentError as error:
+        return error_answer(request.path, error)
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # as aiohttp's own handler: the interim answer is not counted
+    return None
+
+
+async def read_body(request: web.Request, limit_bytes: int) -> bytes:
+    """Return the whole body. Raises TooLargeError as soon as it is known to be too large."""
+    ensure_size(request.content_length, limit_bytes)
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        ensure_size(len(body), limit_bytes)
+    return bytes(body)
+
+
+def decode_json(body: bytes, kind: type[T]) -> T:
+    """Return the body as ``kind``. Raises BadInputError that names the place of the fault."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadInputError(f"the body is not what this call takes: {error}") from error
+
+
+def keep_alive_seconds(request: web.Request) -> float | None:
+    """Return the request's override of afterTask; None where the client gives none."""
+    text = request.headers.get(KEEP_ALIVE_HEADER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if math.isfinite(seconds) and (seconds >= 0 or seconds == -1):
+        return seconds
+    raise BadInputError(
+        f"{KEEP_ALIVE_HEADER}: {text[:40]!r} is neither seconds (0 or more) nor -1 (keep)",
+        param=KEEP_ALIVE_HEADER,
+    )
+
+
+def requested_model(request: web.Request, name: str) -> ModelView:
+    """Return the model a request names and note it for the metrics. Raises NoSuchModelError."""
+    view = request.app[SERVER].model(name)
+    request[MODEL] = view.spec.name
+    return view
+
+
+def ensure_offered(server: ModelServer, view: ModelView, kind: TaskKind) -> None:
+    """Raise BadInputError where a model is known not to do such tasks, naming those that do.
+
+    A model that was never loaded is not refused: what it does is known after its first load.
+    """
+    if view.loaded is None or kind in view.loaded.tasks:
+        return
+    able = [v.spec.name for v in server.models() if v.loaded and kind in v.loaded.tasks]
+    raise BadInputError(
+        f"model {view.spec.name} cannot {kind.value}; models that can: {', '.join(able) or 'none'}",
+        param="model",
+    )

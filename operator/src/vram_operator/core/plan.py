@@ -22,6 +22,7 @@ from vram_operator.api import (
     FIELD_MANAGER,
     Condition,
     EventReason,
+    Reason,
     RestartOutcome,
     RestartStatus,
     WorkloadStatus,
@@ -172,10 +173,11 @@ Action = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocked:
-    """A restart that waits: which one, why, and for what. ``reason`` is one of ``api.Reason``."""
+    """A restart that waits, for which pod, and for what. ``restart`` is empty before it exists."""
 
+    pod: str
     restart: str
-    reason: str
+    reason: Reason
     message: str
 
 

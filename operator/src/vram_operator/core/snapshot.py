@@ -132,14 +132,14 @@ class OwnedObject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidualSample:
-    """What one report says of the residual. ``sequence`` and ``boot_id`` tell two reports apart."""
+    """What one report says of the residual. ``context_bytes`` no restart can give back."""
 
     boot_id: str
     epoch: int
-    sequence: int
     observed_at: datetime
     received_at: datetime
     residual_bytes: int
+    context_bytes: int
     source: ResidualSource
     idle: bool
     in_flight: int
@@ -264,6 +264,8 @@ class Snapshot:
     workload: Workload
     public_keys: str
     """PEM of the current and the previous public key, for the namespace's trust ConfigMap."""
+    apply_error: str = ""
+    """What the apiserver said when it refused a generated object of this generation for good."""
     target: Target | None = None
     objects: tuple[OwnedObject, ...] = ()
     pods: tuple[Pod, ...] = ()
@@ -303,10 +305,10 @@ def sample_of(report: Report, received_at: datetime) -> ResidualSample:
     return ResidualSample(
         boot_id=report.agent.boot_id,
         epoch=report.agent.epoch,
-        sequence=report.sequence,
         observed_at=parse_time(report.observed_at),
         received_at=received_at,
         residual_bytes=report.memory.residual_bytes,
+        context_bytes=report.memory.classes.context_and_libraries,
         source=report.memory.source,
         idle=report.idle,
         in_flight=sum(model.in_flight + model.queued for model in report.models),
@@ -319,17 +321,18 @@ def extend_history(
 ) -> tuple[ResidualSample, ...]:
     """Return the history with one more sample, oldest first.
 
-    A sample that is already there (same boot and sequence, an agent polled twice) is not counted
-    twice. Samples older than ``keep_seconds`` go, and so do those of another boot or epoch: they
-    prove nothing of this one.
+    A sample that was not observed later than the last one of its boot and epoch is no new one: an
+    agent that answers without measuring grows stale. Samples older than ``keep_seconds`` go, and
+    so do those of another boot or epoch: they prove nothing of this one.
     """
     kept = tuple(
         old
         for old in history
         if (old.boot_id, old.epoch) == (sample.boot_id, sample.epoch)
-        and old.sequence != sample.sequence
         and sample.received_at - old.received_at <= timedelta(seconds=keep_seconds)
     )
+    if kept and sample.observed_at <= kept[-1].observed_at:
+        return kept
     if len(kept) >= MAX_SAMPLES:
         half = len(kept) // 2
         kept = kept[:half:2] + kept[half:]

@@ -1,0 +1,35 @@
+"""Bytes and moments as people and the API read them. Pure; called by everything that reports."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from vram_agent.protocol import format_quantity
+
+GIB = 1024**3
+MIB = 1024**2
+QUANTUM_BYTES = 256 * MIB
+"""Sums in a status are rounded to this."""
+
+
+def show_bytes(number_of_bytes: int) -> str:
+    """Return bytes for a sentence, with one decimal at most: ``9.1Gi``, ``512Mi``, ``0``."""
+    for suffix, unit in (("Gi", GIB), ("Mi", MIB), ("Ki", 1024)):
+        if number_of_bytes >= unit:
+            return f"{number_of_bytes / unit:.1f}".removesuffix(".0") + suffix
+    return str(number_of_bytes)
+
+
+def show_time(moment: datetime) -> str:
+    """Return a moment for a sentence: ``2026-11-24T19:00:00Z``."""
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def round_quantity(number_of_bytes: int) -> str:
+    """Return bytes as a quantity, rounded to the nearest 256Mi."""
+    return format_quantity((number_of_bytes + QUANTUM_BYTES // 2) // QUANTUM_BYTES * QUANTUM_BYTES)
+
+
+def whole_seconds(moment: datetime) -> datetime:
+    """Return the moment as the API stores it: in whole seconds."""
+    return moment.replace(microsecond=0)

@@ -1,0 +1,174 @@
+"""Cron schedules with time zones: when a restart is due, and whether a window is open.
+
+Why it exists: CronJob semantics, with both daylight-saving cases defined and a missed run made up
+for once. Called by the triggers and by admission. It is told the time and reads no clock; all times
+in and out are aware UTC datetimes.
+
+Daylight saving, as in Debian's cron:
+
+* a fixed time that the clock jumps over runs right after the jump (02:30 at 03:00);
+* a fixed time that the clock passes twice runs the first time only;
+* a schedule whose minute or hour begins with ``*`` runs as real time passes: through the second
+  passage of an hour too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
+
+from cronsim import CronSim, CronSimError
+
+from vram_operator.api import RestartPolicy, Window
+
+SHORTEST_DEADLINE_SECONDS = 10
+"""A starting deadline below this counts as this: nobody looks at the very moment of a run."""
+
+_ALIASES = {
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+    "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@hourly": "0 * * * *",
+}
+
+
+class InvalidScheduleError(ValueError):
+    """A schedule or time zone in the spec cannot be used: the user's to correct, no retry helps.
+
+    ``field`` is its path in the spec, such as ``restart.windows[0].schedule``.
+    """
+
+    def __init__(self, field: str, value: str, problem: str) -> None:
+        super().__init__(f"{field}: {value!r} {problem}")
+        self.field = field
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A cron expression of five fields that parses, in a time zone that exists."""
+
+    expression: str
+    zone: ZoneInfo
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWindow:
+    """A time that recurs: ``schedule`` opens it, for ``duration``."""
+
+    schedule: Schedule
+    duration: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Timetable:
+    """What ``spec.restart`` says of times, parsed: ``runs`` is None without a schedule."""
+
+    runs: Schedule | None
+    windows: tuple[OpenWindow, ...]
+
+
+def parse_schedule(expression: str, time_zone: str, field: str) -> Schedule:
+    """Return a schedule that is known to parse. Raises InvalidScheduleError naming ``field``.
+
+    ``field`` is the path of the expression; its time zone is expected beside it.
+    """
+    text = " ".join(_ALIASES.get(expression.strip().lower(), expression).replace("?", "*").split())
+    if len(text.split()) != 5:
+        raise InvalidScheduleError(
+            field, expression, "does not have five fields; write for example 0 3 * * *"
+        )
+    try:
+        CronSim(text, datetime(2000, 1, 1, tzinfo=UTC))
+    except CronSimError as error:
+        problem = str(error).removeprefix("Bad ")
+        raise InvalidScheduleError(
+            field, expression, f"has a bad {problem}; write for example 0 3 * * *"
+        ) from error
+    try:
+        zone = ZoneInfo(time_zone)
+    except (KeyError, ValueError, OSError) as error:
+        raise InvalidScheduleError(
+            field.removesuffix("schedule") + "timeZone",
+            time_zone,
+            "is no IANA time zone; write for example Asia/Shanghai",
+        ) from error
+    return Schedule(text, zone)
+
+
+def parse_timetable(policy: RestartPolicy) -> Timetable:
+    """Return the schedule and windows of ``spec.restart``. Raises InvalidScheduleError."""
+    runs = None
+    if policy.schedule.strip():
+        runs = parse_schedule(policy.schedule, policy.time_zone, "restart.schedule")
+    windows = tuple(_parse_window(window, n) for n, window in enumerate(policy.windows))
+    return Timetable(runs, windows)
+
+
+def _parse_window(window: Window, index: int) -> OpenWindow:
+    field = f"restart.windows[{index}].schedule"
+    schedule = parse_schedule(window.schedule, window.time_zone, field)
+    return OpenWindow(schedule, timedelta(seconds=window.duration_seconds))
+
+
+def next_run(schedule: Schedule, after: datetime) -> datetime | None:
+    """Return the first run later than ``after``; None when there is none for fifty years."""
+    return next(_runs(schedule, after), None)
+
+
+def last_run(schedule: Schedule, since: datetime, until: datetime) -> datetime | None:
+    """Return the latest run in ``(since, until]``, however many there were; None without one."""
+    look_back = timedelta(minutes=2)
+    while True:
+        start = max(since, until - look_back)
+        latest = None
+        for run in _runs(schedule, start):
+            if run > until:
+                break
+            latest = run
+        if latest is not None or start <= since:
+            return latest
+        look_back *= 8
+
+
+def is_open(windows: tuple[OpenWindow, ...], now: datetime) -> bool:
+    """Is a window open? Without windows it always is. A window is open from its run on."""
+    return not windows or any(
+        last_run(window.schedule, now - window.duration, now) is not None for window in windows
+    )
+
+
+def next_opening(windows: tuple[OpenWindow, ...], now: datetime) -> datetime | None:
+    """Return when a window opens next, whatever is open now; None without one."""
+    openings = (next_run(window.schedule, now) for window in windows)
+    return min((opening for opening in openings if opening is not None), default=None)
+
+
+def starting_deadline(run: datetime, policy: RestartPolicy, jitter: timedelta) -> datetime:
+    """Return until when a run may still start."""
+    allowed = max(policy.starting_deadline_seconds, SHORTEST_DEADLINE_SECONDS)
+    return run + jitter + timedelta(seconds=allowed)
+
+
+def spread(key: str, most_seconds: float) -> timedelta:
+    """Return a delay from 0 to ``most_seconds``, in whole seconds, the same for the same key."""
+    steps = int(most_seconds) + 1
+    digest = hashlib.sha256(key.encode()).digest()
+    return timedelta(seconds=int.from_bytes(digest[:8], "big") % steps)
+
+
+def _runs(schedule: Schedule, after: datetime) -> Iterator[datetime]:
+    """Yield the runs later than ``after``, rising, each once."""
+    latest = after
+    # CronSim walks in local time without a fold, so in an hour that is passed twice it starts too
+    # early; what is not later than the last one has been.
+    for run in CronSim(schedule.expression, after.astimezone(schedule.zone)):
+        moment = run.astimezone(UTC)
+        if moment > latest:
+            latest = moment
+            yield moment

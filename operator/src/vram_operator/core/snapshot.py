@@ -31,7 +31,7 @@ _MOVING = frozenset({ModelState.LOADING, ModelState.OFFLOADING, ModelState.RESTO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flags:
+class Settings:
     """The operator's flags, as far as decisions rest on them.
 
     ``max_concurrent_restarts`` is a number or a percentage as text, such as ``10%``.
@@ -97,6 +97,7 @@ class Pod:
 class Target:
     """The Deployment or StatefulSet that owns the pods, and how far its rollout is.
 
+    ``annotations`` are its own; without ``vram.dev/content-hash`` the plan applies it again.
     ``replicas`` is what its spec wants; ``current``, ``updated``, ``available`` come from its
     status. ``selector`` is its label selector as text, for the scale subresource.
     """
@@ -259,7 +260,7 @@ class Cluster:
 class Snapshot:
     """One moment of one workload. The order of its tuples carries no meaning."""
 
-    flags: Flags
+    settings: Settings
     cluster: Cluster
     workload: Workload
     public_keys: str

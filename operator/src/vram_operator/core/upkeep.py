@@ -1,0 +1,123 @@
+"""Keeping what a workload owns, and what its agents run by, as its spec says.
+
+Why it exists: one place decides what is applied and what is pushed, and both only when it differs.
+Called by ``planning``. It decides nothing about restarts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from http import HTTPStatus
+
+from vram_agent.protocol import AgentMode
+
+from vram_operator.api import PodTemplate, Reason
+from vram_operator.core.plan import Action, EnsureObject, PushConfig
+from vram_operator.core.resources import (
+    CONTENT_HASH_ANNOTATION,
+    SCALE_FIELD_MANAGER,
+    content_hash,
+    make_agent_config,
+    make_config_map,
+    make_deployment,
+    make_scale,
+    make_service,
+    make_trust_config_map,
+    template_hash,
+)
+from vram_operator.core.snapshot import Agent, Pod, PushAnswer, Target
+from vram_operator.core.visit import Visit
+
+PUSH_AGAIN = timedelta(seconds=30)
+"""A config that did not arrive is pushed again after this."""
+PUSH_REFUSED_AGAIN = timedelta(seconds=300)
+"""One that the agent refused, after this: only a new spec or key can make it acceptable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upkeep:
+    """What to apply and push, and when to look again."""
+
+    actions: tuple[Action, ...]
+    requeue_at: datetime | None = None
+
+
+def plan_upkeep(visit: Visit) -> Upkeep:
+    """Return what to apply and push.
+
+    1. A refused spec changes nothing, except that one the apiserver refused is tried again.
+    2. The trust ConfigMap is kept in the namespace of every workload.
+    3. In template mode so are the ConfigMap, the Service and the Deployment.
+    4. Agents that report another generation of the config are sent ours.
+    """
+    if visit.refusal is not None and visit.refusal.reason is not Reason.INVALID_TEMPLATE:  # 1
+        return Upkeep(())
+    objects = tuple(_plan_objects(visit))  # 2, 3
+    pushes, again = _plan_pushes(visit)  # 4
+    return Upkeep((*objects, *pushes), again)
+
+
+def _plan_objects(visit: Visit) -> Iterator[EnsureObject]:
+    snapshot = visit.snapshot
+    workload, template = snapshot.workload, snapshot.workload.spec.template
+    manifests = [make_trust_config_map(snapshot)] if snapshot.public_keys else []
+    if template is not None:
+        manifests += [make_config_map(workload), make_service(workload)]
+    for manifest in manifests:
+        found = snapshot.find_object(manifest["kind"], manifest["metadata"]["name"])
+        if found is None or found.content_hash != content_hash(manifest):
+            yield EnsureObject(manifest=manifest)
+    if template is not None:
+        yield from _plan_deployment(visit, template, snapshot.target)
+
+
+def _plan_deployment(
+    visit: Visit, template: PodTemplate, target: Target | None
+) -> Iterator[EnsureObject]:
+    workload = visit.snapshot.workload
+    applied = None if target is None else target.annotations.get(CONTENT_HASH_ANNOTATION)
+    if target is None or applied != template_hash(template):
+        image = template.image or visit.snapshot.settings.agent_image
+        yield EnsureObject(manifest=make_deployment(workload, template, image))
+    if target is not None and target.replicas != template.replicas:
+        yield EnsureObject(
+            manifest=make_scale(workload, template), field_manager=SCALE_FIELD_MANAGER
+        )
+
+
+def _plan_pushes(visit: Visit) -> tuple[list[PushConfig], datetime | None]:
+    workload = visit.snapshot.workload
+    if workload.spec.template is None and not workload.spec.models:
+        return [], None
+    config = make_agent_config(workload)
+    pushes, waits = [], []
+    for pod in visit.pods:
+        agent = visit.snapshot.agent_of(pod.uid)
+        if not _is_outdated(visit, pod, agent):
+            continue
+        again = _push_again_at(agent.push, workload.generation)
+        if again is None or again <= visit.now:
+            pushes.append(PushConfig(pod=pod, config=config))
+        else:
+            waits.append(again)
+    return pushes, min(waits, default=None)
+
+
+def _is_outdated(visit: Visit, pod: Pod, agent: Agent) -> bool:
+    report = visit.fresh_report(agent)
+    return (
+        report is not None
+        and report.agent.mode is AgentMode.SERVE
+        and report.config_generation != visit.snapshot.workload.generation
+        and pod.control_port > 0
+    )
+
+
+def _push_again_at(push: PushAnswer | None, generation: int) -> datetime | None:
+    """Return when to push again; None for now."""
+    if push is None or push.generation != generation:
+        return None
+    refused = HTTPStatus.BAD_REQUEST <= push.status < HTTPStatus.INTERNAL_SERVER_ERROR
+    return push.at + (PUSH_REFUSED_AGAIN if refused else PUSH_AGAIN)

@@ -1,0 +1,183 @@
+"""One visit to a workload: the snapshot, the moment, and whether the spec can be acted on.
+
+Why it exists: what every later decision asks for (Accepted or not, the timetable, how old a report
+may be) is found once, in one place. Called by ``planning`` first; read by all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from vram_agent.protocol import Report, parse_quantity
+
+from vram_operator.api import (
+    WORKLOAD_LABEL,
+    Reason,
+    RestartMethod,
+    RestartPolicy,
+)
+from vram_operator.core.evidence import Evidence, fresh_seconds, silent_seconds, weigh_evidence
+from vram_operator.core.podspec import InvalidTemplateError
+from vram_operator.core.resources import make_deployment
+from vram_operator.core.schedule import InvalidScheduleError, Timetable, parse_timetable
+from vram_operator.core.snapshot import Agent, Pod, Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why the spec is not acted on; becomes ``Accepted=False``."""
+
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """What all decisions about one workload at one moment share."""
+
+    snapshot: Snapshot
+    now: datetime
+    timetable: Timetable
+    refusal: Refusal | None
+
+    @property
+    def policy(self) -> RestartPolicy:
+        """``spec.restart``."""
+        return self.snapshot.workload.spec.restart
+
+    @property
+    def dry_run(self) -> bool:
+        """Is nothing to be restarted, by spec or flag?"""
+        return self.policy.dry_run or self.snapshot.settings.dry_run
+
+    @property
+    def threshold_bytes(self) -> int | None:
+        """The residual above which a pod is restarted; None without one."""
+        residual = self.policy.residual
+        return None if residual is None else parse_quantity(residual.threshold)
+
+    @property
+    def fresh(self) -> timedelta:
+        """For how long a report may be acted on."""
+        return timedelta(seconds=fresh_seconds(self.snapshot.settings.poll_interval_seconds))
+
+    @property
+    def silent(self) -> timedelta:
+        """After how long without a report an agent counts as silent."""
+        return timedelta(seconds=silent_seconds(self.snapshot.settings.poll_interval_seconds))
+
+    @property
+    def pods(self) -> tuple[Pod, ...]:
+        """The pods that are there to stay, by name."""
+        present = (pod for pod in self.snapshot.pods if not pod.terminating)
+        return tuple(sorted(present, key=lambda pod: (pod.name, pod.uid)))
+
+    def fresh_report(self, agent: Agent) -> Report | None:
+        """Return the agent's report if it may be acted on."""
+        if agent.received_at is None or self.now - agent.received_at > self.fresh:
+            return None
+        return agent.report
+
+    def evidence_of(self, pod: Pod) -> Evidence | None:
+        """Weigh the pod's residual; None without a residual policy."""
+        if self.policy.residual is None:
+            return None
+        agent = self.snapshot.agent_of(pod.uid)
+        return weigh_evidence(agent, self.policy.residual, self.fresh.total_seconds(), self.now)
+
+
+def begin_visit(snapshot: Snapshot, now: datetime) -> Visit:
+    """Return the visit; total: whatever is wrong with the spec becomes a refusal.
+
+    The rules, in order; the first that applies is said:
+
+    1. the schedules, windows and time zones parse;
+    2. method Delete needs --allow-delete;
+    3. no older workload names the same target;
+    4. with targetRef: the target exists and its pods carry the label;
+    5. with template: there is an image, the template is one, no foreign object has its name;
+    6. and the apiserver took what was generated.
+    """
+    timetable = Timetable(None, ())
+    refusal = None
+    try:
+        timetable = parse_timetable(snapshot.workload.spec.restart)
+    except InvalidScheduleError as error:  # 1
+        refusal = Refusal(Reason.INVALID_SCHEDULE, str(error))
+    refusal = (
+        refusal
+        or _refuse_delete(snapshot)
+        or _refuse_conflict(snapshot)
+        or _refuse_target(snapshot)
+        or _refuse_template(snapshot)
+    )
+    return Visit(snapshot=snapshot, now=now, timetable=timetable, refusal=refusal)
+
+
+def _refuse_delete(snapshot: Snapshot) -> Refusal | None:
+    method = snapshot.workload.spec.restart.method
+    if method is RestartMethod.DELETE and not snapshot.settings.allow_delete:  # 2
+        return Refusal(
+            Reason.DELETE_NOT_ALLOWED, "restart.method Delete needs the operator's --allow-delete"
+        )
+    return None
+
+
+def _refuse_conflict(snapshot: Snapshot) -> Refusal | None:
+    workload = snapshot.workload
+    elder = min(snapshot.rivals, key=lambda rival: (rival.created, rival.name), default=None)
+    if elder is not None and (elder.created, elder.name) < (workload.created, workload.name):  # 3
+        return Refusal(
+            Reason.CONFLICTED, f"GPUModelWorkload {elder.name} is older and names the same target"
+        )
+    return None
+
+
+def _refuse_target(snapshot: Snapshot) -> Refusal | None:
+    workload, target = snapshot.workload, snapshot.target
+    ref = workload.spec.target_ref
+    if ref is None:
+        return None
+    if target is None:  # 4
+        return Refusal(Reason.TARGET_NOT_FOUND, f"there is no {ref.kind} {ref.name}")
+    if target.template_labels.get(WORKLOAD_LABEL) != workload.name:  # 4
+        return Refusal(
+            Reason.MISSING_LABEL,
+            f"the pod template of {ref.kind} {ref.name} lacks the label "
+            f"{WORKLOAD_LABEL}: {workload.name}",
+        )
+    return None
+
+
+def _refuse_template(snapshot: Snapshot) -> Refusal | None:
+    workload, template = snapshot.workload, snapshot.workload.spec.template
+    if template is None:
+        return None
+    image = template.image or snapshot.settings.agent_image
+    if not image:  # 5
+        return Refusal(
+            Reason.INVALID_SPEC, "template.image is empty, and so is the operator's --agent-image"
+        )
+    try:
+        make_deployment(workload, template, image)
+    except InvalidTemplateError as error:  # 5
+        return Refusal(Reason.INVALID_SPEC, str(error))
+    for kind, owner_uid in _named_like(snapshot):  # 5
+        if owner_uid != workload.uid:
+            return Refusal(
+                Reason.CONFLICTED, f"{kind} {workload.name} exists and is not this workload's"
+            )
+    if snapshot.apply_error:  # 6
+        return Refusal(Reason.INVALID_TEMPLATE, snapshot.apply_error)
+    return None
+
+
+def _named_like(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
+    """Yield kind and owner of the objects that bear the workload's name."""
+    if snapshot.target is not None:
+        yield snapshot.target.kind, snapshot.target.owner_uid
+    for object_ in snapshot.objects:
+        if object_.name == snapshot.workload.name:
+            yield object_.kind, object_.owner_uid

@@ -1,0 +1,104 @@
+"""What this process has learned from agents and from the Eviction API.
+
+Facts are not state: they may be lost at any moment, and the plan then asks again. `poller` and
+`apply` write here, `gather` and the metrics read. All of it belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from datetime import datetime
+
+from vram_agent.protocol import Report
+
+from vram_operator.core.snapshot import (
+    Agent,
+    CallAnswer,
+    EvictionAnswer,
+    PushAnswer,
+    extend_history,
+    sample_of,
+)
+from vram_operator.kube import Object
+
+KEPT_CALLS = 8
+_REFUSED = frozenset({401, 403})
+
+
+class Facts:
+    """The latest facts about each pod, by its UID; and the content of what we applied."""
+
+    def __init__(self) -> None:
+        self._agents: dict[str, Agent] = {}
+        self._evictions: dict[str, EvictionAnswer] = {}
+        self._applied: dict[str, str] = {}
+
+    def agent(self, pod_uid: str) -> Agent:
+        """Return what is known of the agent; one that says nothing when nothing is."""
+        return self._agents.get(pod_uid) or Agent(pod_uid=pod_uid)
+
+    def eviction(self, pod_uid: str) -> EvictionAnswer | None:
+        """Return the latest answer of the Eviction API."""
+        return self._evictions.get(pod_uid)
+
+    def record_report(
+        self, pod_uid: str, report: Report, at: datetime, keep_seconds: float
+    ) -> None:
+        """Keep a report, and its figures in the history. Raises ValueError for a bad time."""
+        agent = self.agent(pod_uid)
+        history = extend_history(agent.history, sample_of(report, at), keep_seconds)
+        self._agents[pod_uid] = replace(
+            agent, report=report, received_at=at, history=history, error=""
+        )
+
+    def record_silence(self, pod_uid: str, error: str) -> None:
+        """Keep why the agent gave no report; the last report stays, with its age."""
+        self._agents[pod_uid] = replace(self.agent(pod_uid), error=error)
+
+    def record_push(self, pod_uid: str, answer: PushAnswer) -> None:
+        """Keep the answer to a pushed config."""
+        agent = self.agent(pod_uid)
+        self._agents[pod_uid] = replace(
+            agent, push=answer, refuses=_refuses(answer.status, before=agent.refuses)
+        )
+
+    def record_call(self, pod_uid: str, answer: CallAnswer) -> None:
+        """Keep the answer to a restart or recycle."""
+        agent = self.agent(pod_uid)
+        self._agents[pod_uid] = replace(
+            agent,
+            calls=(*agent.calls, answer)[-KEPT_CALLS:],
+            refuses=_refuses(answer.status, before=agent.refuses),
+        )
+
+    def record_eviction(self, answer: EvictionAnswer) -> None:
+        """Keep the answer to an eviction, dry run or real."""
+        self._evictions[answer.pod_uid] = answer
+
+    def record_applied(self, path: str, obj: Object) -> None:
+        """Keep what the object at ``path`` looks like after we applied it."""
+        self._applied[path] = _content_digest(obj)
+
+    def is_drifted(self, path: str, obj: Object) -> bool:
+        """Did someone change the object since we applied it? Unknown objects are taken as ours."""
+        digest = _content_digest(obj)
+        return self._applied.setdefault(path, digest) != digest
+
+    def forget(self, pod_uid: str) -> None:
+        """Drop everything about a pod that is gone."""
+        self._agents.pop(pod_uid, None)
+        self._evictions.pop(pod_uid, None)
+
+
+def _content_digest(obj: Object) -> str:
+    content = {name: value for name, value in obj.items() if name not in {"metadata", "status"}}
+    content["labels"] = obj["metadata"].get("labels")
+    content["ownerReferences"] = obj["metadata"].get("ownerReferences")
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _refuses(status: int, *, before: bool) -> bool:
+    # 1. No answer says nothing new. 2. Otherwise the last answer decides.
+    return before if status == 0 else status in _REFUSED

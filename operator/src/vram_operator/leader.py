@@ -1,0 +1,165 @@
+"""Elects the one replica that acts, with a Lease in the operator's own namespace.
+
+The rules are those of client-go: a Lease belongs to its holder until it was not renewed for its
+duration, as measured by the observer's own clock from the last change it saw, so that clocks need
+not agree. The holder stops acting when it could not renew for RENEW_DEADLINE_SECONDS, which is
+before anyone else may take over. Unlike in client-go a stop gives the Lease back at once.
+
+Called by `__main__`, which ends the process when the Lease is lost. Knows nothing of workloads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import structlog
+
+from vram_operator.clock import Clock, format_micro_time
+from vram_operator.kube import LEASES, Api, ApiError, ApiUnavailableError, Object
+
+LEASE_DURATION_SECONDS = 15
+RENEW_DEADLINE_SECONDS = 10.0
+RETRY_SECONDS = 2.0
+
+_log = structlog.get_logger(__name__)
+
+
+class NotLeadingError(Exception):
+    """Nothing may be changed by this replica: another one may be acting."""
+
+
+@dataclass(frozen=True)
+class LeaseRef:
+    """Which Lease, and under what name this replica holds it."""
+
+    namespace: str
+    name: str
+    identity: str
+
+
+class Leader:
+    """Acquires, renews and releases one Lease. One `run` at a time.
+
+    ``acquired`` is set once this replica leads. `run` returns when the Lease is lost.
+    """
+
+    def __init__(self, api: Api, lease: LeaseRef, clock: Clock) -> None:
+        self._api = api
+        self._lease = lease
+        self._clock = clock
+        self._renewed_at: float | None = None
+        self._seen: tuple[str, float] | None = None
+        self.acquired = asyncio.Event()
+        self.has_answer = False
+        """Whether the last look at the Lease was answered; readiness of a standby rests on it."""
+
+    @property
+    def is_leading(self) -> bool:
+        """May this replica act at this very moment?"""
+        return (
+            self._renewed_at is not None
+            and self._clock.monotonic() - self._renewed_at < RENEW_DEADLINE_SECONDS
+        )
+
+    def ensure_leading(self) -> None:
+        """Raise NotLeadingError unless this replica may act now."""
+        if not self.is_leading:
+            raise NotLeadingError("this replica does not hold the Lease; nothing was changed")
+
+    async def run(self) -> None:
+        """Wait for the Lease, then hold it. Returns when it is lost; cancel to stop waiting."""
+        while not await self._attempt():  # noqa: ASYNC110 - the Lease sends no event
+            await asyncio.sleep(RETRY_SECONDS)
+        _log.info("leading", lease=self._lease.name, identity=self._lease.identity)
+        self.acquired.set()
+        while self.is_leading:
+            await asyncio.sleep(RETRY_SECONDS)
+            await self._attempt()
+        _log.error("lease lost", lease=self._lease.name, identity=self._lease.identity)
+
+    async def release(self) -> None:
+        """Give the Lease back, so that a standby need not wait for it to run out. May fail."""
+        if self._renewed_at is None:
+            return
+        self._renewed_at = None
+        path = LEASES.path(self._lease.namespace, self._lease.name)
+        try:
+            current = await self._api.find(path)
+            if current is None or _holder(current) != self._lease.identity:
+                return
+            current["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1}
+            await self._api.replace(path, current)
+        except (ApiError, ApiUnavailableError) as error:
+            _log.warning("lease not released; it runs out by itself", error=str(error))
+        else:
+            _log.info("lease released", lease=self._lease.name)
+
+    async def _attempt(self) -> bool:
+        """Take or renew the Lease. Returns whether it is ours now."""
+        started = self._clock.monotonic()
+        try:
+            async with asyncio.timeout(RENEW_DEADLINE_SECONDS / 2):
+                held = await self._take_or_renew(started)
+        except (ApiError, ApiUnavailableError, TimeoutError) as error:
+            # A conflict means that someone else was faster, anything else that nobody knows.
+            self.has_answer = isinstance(error, ApiError)
+            return False
+        self.has_answer = True
+        # Counted from before the request, as the server may have stored it as early as that.
+        self._renewed_at = started if held else None
+        return held
+
+    async def _take_or_renew(self, started: float) -> bool:
+        """Write the Lease if it is ours or free.
+
+        1. There is none: create it.
+        2. It is ours: renew it.
+        3. It is free or ran out: take it over.
+        4. It is another's: leave it.
+        """
+        path = LEASES.path(self._lease.namespace, self._lease.name)
+        current = await self._api.find(path)
+        if current is None:  # 1
+            fresh: Object = {
+                "apiVersion": "coordination.k8s.io/v1",
+                "kind": "Lease",
+                "metadata": {"name": self._lease.name, "namespace": self._lease.namespace},
+                "spec": self._spec(0, None),
+            }
+            await self._api.create(LEASES.path(self._lease.namespace), fresh)
+            return True
+        spec = current.get("spec") or {}
+        transitions = int(spec.get("leaseTransitions") or 0)
+        if _holder(current) == self._lease.identity:  # 2
+            wanted = self._spec(transitions, spec.get("acquireTime"))
+        elif self._is_free(current, started):  # 3
+            wanted = self._spec(transitions + 1, None)
+        else:  # 4
+            return False
+        await self._api.replace(path, {**current, "spec": wanted})
+        return True
+
+    def _is_free(self, current: Object, now: float) -> bool:
+        spec = current.get("spec") or {}
+        if not spec.get("holderIdentity"):
+            return True
+        version = str(current["metadata"]["resourceVersion"])
+        if self._seen is None or self._seen[0] != version:
+            self._seen = (version, now)
+        duration = float(spec.get("leaseDurationSeconds") or LEASE_DURATION_SECONDS)
+        return now - self._seen[1] > duration
+
+    def _spec(self, transitions: int, acquired: str | None) -> Object:
+        now = format_micro_time(self._clock.now())
+        return {
+            "holderIdentity": self._lease.identity,
+            "leaseDurationSeconds": LEASE_DURATION_SECONDS,
+            "acquireTime": acquired or now,
+            "renewTime": now,
+            "leaseTransitions": transitions,
+        }
+
+
+def _holder(lease: Object) -> str:
+    return str((lease.get("spec") or {}).get("holderIdentity") or "")

@@ -1,0 +1,148 @@
+"""Carries out what a plan wants of one pod: calls to its agent, evictions, deletion.
+
+Called by `apply`. The GPUPodRestart and the pod are read live first; if either is not as the plan
+thought, nothing is done. What the agent and the Eviction API answer is kept as a fact.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import structlog
+from vram_agent.protocol import ActionStep, RestartRequest
+
+from vram_operator import eviction
+from vram_operator.agent_client import AgentAddress, AgentClient
+from vram_operator.clock import Clock
+from vram_operator.core.plan import (
+    CallRecycle,
+    CallRestart,
+    DeletePod,
+    DryRunEvict,
+    Evict,
+    PushConfig,
+)
+from vram_operator.core.snapshot import (
+    CallAnswer,
+    EvictionAnswer,
+    EvictionVerdict,
+    Pod,
+    PushAnswer,
+)
+from vram_operator.facts import Facts
+from vram_operator.kube import PODS, Api, ApiError, Call
+from vram_operator.live import Live, StaleError
+
+PodAction = PushConfig | CallRecycle | CallRestart | DryRunEvict | Evict | DeletePod
+
+_log = structlog.get_logger(__name__)
+
+
+class PodActions:
+    """Acts on pods; keeps nothing between two calls."""
+
+    def __init__(
+        self, api: Api, live: Live, agents: AgentClient, facts: Facts, clock: Clock
+    ) -> None:
+        self._api = api
+        self._live = live
+        self._agents = agents
+        self._facts = facts
+        self._clock = clock
+
+    async def carry_out(self, namespace: str, action: PodAction) -> None:
+        """Do one action. Raises StaleError and what the API raises."""
+        match action:
+            case PushConfig():
+                await self._push_config(action)
+            case CallRecycle():
+                await self._call(namespace, action, ActionStep.RECYCLE)
+            case CallRestart():
+                await self._call(namespace, action, ActionStep.IN_PLACE)
+            case DryRunEvict():
+                await self._dry_run(namespace, action.pod)
+            case Evict():
+                await self._evict(namespace, action)
+            case DeletePod():
+                await self._delete_pod(namespace, action)
+
+    async def _push_config(self, action: PushConfig) -> None:
+        config = msgspec.to_builtins(action.config)
+        # Constants count as defaults and are left out; the agent wants to see them.
+        body = {"apiVersion": action.config.api_version, "kind": action.config.kind, **config}
+        answer = await self._agents.call(_address(action.pod), "PUT", "/config", body)
+        self._facts.record_push(
+            action.pod.uid,
+            PushAnswer(
+                generation=action.config.metadata.generation,
+                at=self._clock.now(),
+                status=answer.status,
+                message=answer.message,
+            ),
+        )
+        _log.info("config pushed", pod=action.pod.name, status=answer.status)
+
+    async def _call(
+        self, namespace: str, action: CallRecycle | CallRestart, step: ActionStep
+    ) -> None:
+        await self._live.ensure_open(namespace, action.restart_name)
+        live = await self._live.pod(namespace, action.pod)
+        if live["metadata"].get("deletionTimestamp"):
+            raise StaleError(f"pod {action.pod.name} is being deleted")
+        path = "/recycle" if step is ActionStep.RECYCLE else "/restart"
+        request = RestartRequest(
+            restart_id=action.restart_id, drain_timeout_seconds=action.drain_timeout_seconds
+        )
+        answer = await self._agents.call(
+            _address(action.pod), "POST", path, msgspec.to_builtins(request)
+        )
+        self._facts.record_call(
+            action.pod.uid,
+            CallAnswer(
+                restart_id=action.restart_id,
+                step=step,
+                at=self._clock.now(),
+                status=answer.status,
+                message=answer.message,
+            ),
+        )
+        _log.info(
+            "agent called",
+            path=path,
+            pod=action.pod.name,
+            id=action.restart_id,
+            status=answer.status,
+        )
+
+    async def _dry_run(self, namespace: str, pod: Pod) -> EvictionAnswer:
+        live = await self._live.pod(namespace, pod)
+        answer = await eviction.ask(self._api, self._clock, live, dry_run=True)
+        self._facts.record_eviction(answer)
+        return answer
+
+    async def _evict(self, namespace: str, action: Evict) -> None:
+        await self._live.ensure_open(namespace, action.restart_name)
+        answer = await self._dry_run(namespace, action.pod)
+        if answer.verdict is not EvictionVerdict.ALLOWED:
+            return
+        live = await self._live.pod(namespace, action.pod)
+        answer = await eviction.ask(self._api, self._clock, live, dry_run=False)
+        self._facts.record_eviction(answer)
+        _log.info("pod evicted", pod=action.pod.name, verdict=str(answer.verdict))
+
+    async def _delete_pod(self, namespace: str, action: DeletePod) -> None:
+        await self._live.ensure_open(namespace, action.restart_name)
+        live = await self._live.pod(namespace, action.pod)
+        metadata = live["metadata"]
+        preconditions = {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]}
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": preconditions}
+        try:
+            await self._api.send(Call("DELETE", PODS.path(namespace, action.pod.name), body))
+        except ApiError as error:
+            if error.is_conflict or error.is_missing:
+                raise StaleError(f"pod {action.pod.name} has changed") from error
+            raise
+        _log.info("pod deleted", pod=action.pod.name)
+
+
+def _address(pod: Pod) -> AgentAddress:
+    return AgentAddress(pod.ip, pod.control_port, pod.uid)

@@ -1,0 +1,177 @@
+"""Asks each agent for its report, again and again, and wakes the planner when one says something.
+
+Every pod with an address and a control port is a key of one queue: that bounds how many are asked
+at a time, and gives each its own rhythm. Nearer a threshold an agent is asked twice as often, far
+from it a third as often, and while a restart of it is open each second.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+from vram_agent.protocol import InvalidQuantityError, Report, parse_quantity
+
+from vram_operator.agent_client import AgentAddress, AgentClient, AgentError
+from vram_operator.cache import Cache, Key, workload_key
+from vram_operator.clock import Clock
+from vram_operator.facts import Facts
+from vram_operator.kube import PODS, RESTARTS, WORKLOADS, Object
+from vram_operator.metrics import Metrics
+from vram_operator.pods import control_port
+from vram_operator.queue import KeyedQueue
+
+CONCURRENT_POLLS = 64
+ACTING_INTERVAL_SECONDS = 1.0
+NEAR_SHARE = 0.75
+FAR_SHARE = 0.5
+_NOTICED_BYTES = 64 * 1024 * 1024
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Urgency:
+    """What the rhythm of one agent depends on."""
+
+    residual_bytes: int
+    threshold_bytes: int | None
+    acting: bool
+
+
+def next_poll_seconds(interval_seconds: float, urgency: Urgency) -> float:
+    """Return when to ask an agent next.
+
+    1. A restart of it is open: each second, or twice as often as usual if that is more often.
+    2. There is no threshold: as usual.
+    3. The residual is near or above the threshold: twice as often.
+    4. It is far below: a third as often. 5. In between: as usual.
+    """
+    if urgency.acting:  # 1
+        return min(ACTING_INTERVAL_SECONDS, interval_seconds / 2)
+    if not urgency.threshold_bytes:  # 2
+        return interval_seconds
+    share = urgency.residual_bytes / urgency.threshold_bytes
+    if share >= NEAR_SHARE:  # 3
+        return interval_seconds / 2
+    if share < FAR_SHARE:  # 4
+        return interval_seconds * 3
+    return interval_seconds  # 5
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """How often to ask: the usual interval, and what spreads the first questions."""
+
+    interval_seconds: float
+    jitter: Callable[[], float] = random.random
+
+
+class Poller:
+    """Keeps `Facts` up to date. ``on_news`` is told of a workload whose agents said something."""
+
+    def __init__(
+        self, client: AgentClient, cache: Cache, facts: Facts, clock: Clock, rhythm: Rhythm
+    ) -> None:
+        self._client = client
+        self._cache = cache
+        self._facts = facts
+        self._clock = clock
+        self._rhythm = rhythm
+        self._queue: KeyedQueue[Key] = KeyedQueue(self._poll, self._on_error, rhythm.jitter)
+        self.on_news: Callable[[Key], None] = lambda _: None
+        self.metrics: Metrics | None = None
+
+    def notice(self, pod: Object) -> None:
+        """Ask the agent of a pod that changed or is new, soon."""
+        place = (pod["metadata"]["namespace"], pod["metadata"]["name"])
+        known = self._facts.agent(pod["metadata"]["uid"]).received_at is not None
+        # The first questions after a start are spread; one that just came up is asked at once.
+        spread = 0.0 if known else min(1.0, self._rhythm.interval_seconds / 4)
+        self._queue.add_after(place, self._rhythm.jitter() * spread)
+
+    async def run(self) -> None:
+        """Ask until cancelled."""
+        await self._queue.run(CONCURRENT_POLLS)
+
+    async def _poll(self, place: Key) -> float | None:
+        pod = self._cache.find(PODS, *place)
+        if pod is None:
+            return None
+        uid, key = pod["metadata"]["uid"], workload_key(PODS, pod)
+        ip, port = (pod.get("status") or {}).get("podIP"), control_port(pod)
+        if not ip or not port or key is None or pod["metadata"].get("deletionTimestamp"):
+            return None
+        workload = self._cache.find(WORKLOADS, *key)
+        if workload is None:
+            return None
+        before = self._facts.agent(uid)
+        try:
+            report = await self._client.report(AgentAddress(ip, port, uid))
+            self._facts.record_report(
+                uid, report, self._clock.now(), _kept_seconds(workload, self._rhythm)
+            )
+        except (AgentError, ValueError) as error:
+            self._facts.record_silence(uid, str(error))
+            if not before.error:
+                _log.info("agent silent", namespace=place[0], pod=place[1], error=str(error))
+                self.on_news(key)
+            return self._rhythm.interval_seconds / 2
+        if self.metrics is not None and before.received_at is not None:
+            age = self._clock.now() - before.received_at
+            self.metrics.report_age_seconds.observe(age.total_seconds())
+        urgency = self._urgency(workload, key, report, place[1])
+        is_near = urgency.threshold_bytes and urgency.residual_bytes >= urgency.threshold_bytes
+        if before.error or is_near or gist(before.report) != gist(report):
+            self.on_news(key)
+        return next_poll_seconds(self._rhythm.interval_seconds, urgency)
+
+    def _urgency(self, workload: Object, key: Key, report: Report, pod_name: str) -> Urgency:
+        acting = report.draining or any(
+            not (restart.get("status") or {}).get("outcome")
+            and restart["spec"]["pod"]["name"] == pod_name
+            for restart in self._cache.members(RESTARTS, key)
+        )
+        return Urgency(report.memory.residual_bytes, _threshold_bytes(workload), acting)
+
+    def _on_error(self, place: Key, error: Exception) -> None:
+        _log.error("polling failed", namespace=place[0], pod=place[1], exc_info=error)
+
+
+def gist(report: Report | None) -> object:
+    """Return what of a report matters to the plan; figures only roughly."""
+    if report is None:
+        return None
+    return (
+        report.agent.boot_id,
+        report.agent.epoch,
+        report.config_generation,
+        report.idle,
+        report.draining,
+        report.action,
+        report.memory.source,
+        report.memory.residual_bytes // _NOTICED_BYTES,
+        report.memory.used_bytes // _NOTICED_BYTES,
+        tuple((model.name, model.state, model.error) for model in report.models),
+    )
+
+
+def _residual_policy(workload: Object) -> Object:
+    policy = ((workload.get("spec") or {}).get("restart") or {}).get("residual") or {}
+    return dict(policy)
+
+
+def _threshold_bytes(workload: Object) -> int | None:
+    try:
+        return parse_quantity(str(_residual_policy(workload)["threshold"]))
+    except (KeyError, InvalidQuantityError):
+        return None
+
+
+def _kept_seconds(workload: Object, rhythm: Rhythm) -> float:
+    policy = _residual_policy(workload)
+    samples = int(policy.get("minSamples", 3))
+    longest_gap = 3 * rhythm.interval_seconds
+    return max(600.0, 2.0 * int(policy.get("forSeconds", 60)), 2.0 * samples * longest_gap)

@@ -1,0 +1,123 @@
+"""Gather, plan, apply: one visit of one workload, the whole story on one screen.
+
+A visit rests on what is, not on what happened, so it may come at any time and be repeated. It
+answers when the next one is due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+
+import structlog
+
+from vram_operator.api import Condition, Reason, RestartCondition
+from vram_operator.apply import Applier, RefusedManifestError
+from vram_operator.cache import Key
+from vram_operator.clock import Clock
+from vram_operator.core.condition_list import is_true
+from vram_operator.core.plan import EmitEvent, PatchRestartStatus, Plan
+from vram_operator.core.planning import plan
+from vram_operator.core.snapshot import Snapshot
+from vram_operator.gather import Gatherer, InvalidWorkloadError
+from vram_operator.metrics import Metrics
+
+# A plan that still finds something to do right after it was carried out comes again at once, but
+# not for ever: one that never settles must not take the whole operator with it.
+IMMEDIATE_VISITS = 20
+SETTLING_SECONDS = 1.0
+# A refused template may be admitted later, when a quota or policy has changed.
+REFUSED_SECONDS = 60.0
+
+_log = structlog.get_logger(__name__)
+
+
+class Reconciler:
+    """Visits workloads. Never visits the same one twice at the same time; the queue sees to it."""
+
+    def __init__(
+        self, gatherer: Gatherer, applier: Applier, metrics: Metrics, clock: Clock
+    ) -> None:
+        self._gatherer = gatherer
+        self._applier = applier
+        self._metrics = metrics
+        self._clock = clock
+        self._admission = asyncio.Lock()
+        self._visits: Counter[Key] = Counter()
+        self.blocked: dict[Key, tuple[str, ...]] = {}
+        """Why restarts of each workload wait, for the metrics."""
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Visit one workload; returns the seconds until the next visit, None to wait for news."""
+        with self._metrics.reconcile_seconds.time():
+            try:
+                snapshot = await self._gatherer.gather(key)
+            except InvalidWorkloadError as error:
+                await self._applier.refuse(error.raw, Reason.INVALID_SPEC, str(error))
+                return None
+            if snapshot is None:
+                self._forget(key)
+                return None
+            planned = plan(snapshot, self._clock.now())
+            if not takes_a_place(snapshot, planned):
+                return await self._apply(key, snapshot, planned)
+            # Places under the cluster's cap are given out one at a time, from fresh figures.
+            async with self._admission:
+                snapshot = await self._gatherer.gather(key)
+                if snapshot is None:
+                    return 0.0
+                planned = plan(snapshot, self._clock.now())
+                return await self._apply(key, snapshot, planned)
+
+    async def _apply(self, key: Key, snapshot: Snapshot, planned: Plan) -> float | None:
+        self.blocked[key] = tuple(str(one.reason) for one in planned.blocked)
+        if planned.missed_run is not None:
+            self._metrics.schedule_missed.inc()
+        try:
+            await self._applier.apply(snapshot.workload, planned)
+        except RefusedManifestError as error:
+            _log.warning("template refused", namespace=key[0], workload=key[1], error=str(error))
+            raw = self._gatherer.raw(key)
+            if raw is not None:
+                await self._applier.refuse(raw, Reason.INVALID_TEMPLATE, str(error))
+            return REFUSED_SECONDS
+        return self._next_visit(key, planned)
+
+    def _next_visit(self, key: Key, planned: Plan) -> float | None:
+        """Return when to come again.
+
+        1. Something was done: at once, since what it brought may call for more.
+        2. But not at once for ever. 3. Nothing was done: when the plan says.
+        """
+        if any(not isinstance(action, EmitEvent) for action in planned.actions):
+            self._visits[key] += 1
+            if self._visits[key] <= IMMEDIATE_VISITS:  # 1
+                return 0.0
+            if self._visits[key] == IMMEDIATE_VISITS + 1:  # 2
+                _log.warning("plan does not settle", namespace=key[0], workload=key[1])
+            return SETTLING_SECONDS
+        self._visits.pop(key, None)
+        if planned.requeue_at is None:  # 3
+            return None
+        return max(0.05, (planned.requeue_at - self._clock.now()).total_seconds())
+
+    def _forget(self, key: Key) -> None:
+        self._visits.pop(key, None)
+        self.blocked.pop(key, None)
+        self._gatherer.forget(key)
+
+
+def takes_a_place(snapshot: Snapshot, planned: Plan) -> bool:
+    """Does the plan admit a restart, so that it counts under the caps from then on?"""
+    admitted = {one.name for one in snapshot.restarts if _is_admitted(one.status.conditions)}
+    return any(
+        isinstance(action, PatchRestartStatus)
+        and action.name not in admitted
+        and _is_admitted(action.status.conditions)
+        for action in planned.actions
+    )
+
+
+def _is_admitted(conditions: Sequence[Condition]) -> bool:
+    return is_true(conditions, RestartCondition.ADMITTED)

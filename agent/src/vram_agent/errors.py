@@ -76,6 +76,13 @@ class ModelFailedError(AgentError):
     code = "model_failed"
 
 
+class NotResidentError(AgentError):
+    """The model left VRAM (its GPU process ended) before the task began; nothing was done."""
+
+    status = 503
+    code = "not_resident"
+
+
 class NoVramError(AgentError):
     """The model does not fit: into the budget at all, or beside what is in use for now."""
 

@@ -1,0 +1,202 @@
+"""The CPU as a device: "device memory" is what a GPU process holds alone.
+
+Why it exists: the same code, tests and demo run without a GPU, with measured bytes. A process's
+device memory is its private anonymous memory, from /proc/PID/smaps: what ending it gives back.
+The shared arena (a memfd) is host memory, whoever maps it, and pages still shared with the
+template are the template's. Called by the supervisor (`CpuDevice`) and, in the GPU process, by the
+engine (`AnonymousMemory`). Knows no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from vram_agent.devices.base import MemoryFigures, OutOfDeviceMemoryError, Placement
+from vram_agent.errors import NoVramError
+from vram_agent.protocol import DeviceKind, DeviceReport, ResidualSource
+
+CPU_UUID = "CPU-0"
+_VMA = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S{4} [0-9a-f]+ \S+ (\d+)")
+_UNLIMITED_BYTES = 1 << 62
+
+
+def parse_private_anonymous_bytes(smaps: str) -> int:
+    """Return the private anonymous bytes in a text of /proc/PID/smaps.
+
+    Of each mapping: pages that are anonymous, and mapped by this process alone. Pages of files
+    (libraries, the arena) and pages still shared with a forking parent do not count.
+    """
+    total_kib = 0
+    private_kib = clean_kib = anonymous_kib = 0
+    is_file = False
+
+    def counted() -> int:
+        # Clean private pages of a file mapping are page cache; only anonymous memory has no file.
+        private = private_kib if is_file else private_kib + clean_kib
+        return min(anonymous_kib, private)
+
+    for line in smaps.splitlines():
+        if (match := _VMA.match(line)) is not None:
+            total_kib += counted()
+            private_kib = clean_kib = anonymous_kib = 0
+            is_file = match[1] != "0"
+        elif line.startswith("Private_Dirty:"):
+            private_kib = int(line.split()[1])
+        elif line.startswith("Private_Clean:"):
+            clean_kib = int(line.split()[1])
+        elif line.startswith("Anonymous:"):
+            anonymous_kib = int(line.split()[1])
+    return (total_kib + counted()) * 1024
+
+
+def measure_private_anonymous_bytes(pid: int) -> int | None:
+    """Return a process's private anonymous bytes; None when it has ended or is not ours."""
+    try:
+        return parse_private_anonymous_bytes(
+            Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="replace")
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def parse_memory_limit_bytes(text: str) -> int | None:
+    """Return the limit in memory.max or memory.limit_in_bytes; None for no limit."""
+    text = text.strip()
+    if not text or text == "max":
+        return None
+    limit = int(text)
+    return None if limit >= _UNLIMITED_BYTES else limit
+
+
+def parse_mem_total_bytes(meminfo: str) -> int:
+    """Return MemTotal of a text of /proc/meminfo."""
+    for line in meminfo.splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError("no MemTotal in meminfo")
+
+
+def measure_total_bytes(root: Path = Path("/")) -> int:
+    """Return the memory this container may use: its cgroup's limit (v2, v1), else MemTotal."""
+    total = parse_mem_total_bytes((root / "proc/meminfo").read_text(encoding="utf-8"))
+    for path in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            limit = parse_memory_limit_bytes((root / path).read_text(encoding="ascii"))
+            if limit is not None:
+                return min(limit, total)
+    return total
+
+
+class CpuDevice:
+    """One device: this machine's memory. ``total_bytes`` overrides what the cgroup says."""
+
+    def __init__(self, total_bytes: int | None = None) -> None:
+        self._total_bytes = measure_total_bytes() if total_bytes is None else total_bytes
+
+    def reports(self, gpu_pids: Collection[int]) -> list[DeviceReport]:
+        """Return one device; used is what the GPU processes hold alone."""
+        used_bytes = sum(measure_private_anonymous_bytes(pid) or 0 for pid in gpu_pids)
+        return [
+            DeviceReport(
+                uuid=CPU_UUID,
+                index=0,
+                kind=DeviceKind.CPU,
+                total_bytes=self._total_bytes,
+                used_bytes=used_bytes,
+                exclusive=False,
+            )
+        ]
+
+    def process_bytes(self, pid: int) -> int | None:
+        """Return the private anonymous memory of a GPU process."""
+        return measure_private_anonymous_bytes(pid)
+
+    def baseline_bytes(self) -> int:
+        """Return 0: nothing of the device is in use but by the GPU processes."""
+        return 0
+
+    def residual_source(self) -> ResidualSource:
+        """Return Process: the figures are measured per process."""
+        return ResidualSource.PROCESS
+
+    def place(self, wanted_index: str) -> Placement:
+        """Return the one device. Raises NoVramError for any index but 0."""
+        if wanted_index not in {"", "0"}:
+            raise NoVramError(
+                f"device {wanted_index} does not exist: this agent runs on the CPU, device 0"
+            )
+        return Placement(kind=DeviceKind.CPU, index=0, uuid=CPU_UUID, total_bytes=self._total_bytes)
+
+    def environment(self) -> Mapping[str, str]:
+        """Return settings of malloc and MKL under which freed memory goes back to the system."""
+        return {
+            "MALLOC_ARENA_MAX": "2",
+            "MALLOC_TRIM_THRESHOLD_": "131072",
+            "MKL_DISABLE_FAST_MM": "1",
+        }
+
+
+class AnonymousBlock:
+    """A private anonymous mapping."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.nbytes = nbytes
+
+    @property
+    def storage(self) -> object:
+        """The mapping itself, a writable buffer."""
+        return self._map
+
+    def free(self) -> bool:
+        """Unmap; False while a tensor still looks into the mapping (it then goes with that)."""
+        try:
+            self._map.close()
+        except BufferError:
+            return False
+        return True
+
+
+class AnonymousMemory:
+    """Device memory of the CPU: one anonymous mapping for each block."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self._context_bytes = self.used_bytes()
+
+    def allocate(self, nbytes: int) -> AnonymousBlock:
+        """Map a block. Raises OutOfDeviceMemoryError beyond the placement's total."""
+        free_bytes = self.placement.total_bytes - self.used_bytes()
+        if nbytes > free_bytes:
+            raise OutOfDeviceMemoryError(nbytes, free_bytes, self.placement.total_bytes)
+        try:
+            return AnonymousBlock(nbytes)
+        except OSError as error:
+            total_bytes = self.placement.total_bytes
+            raise OutOfDeviceMemoryError(nbytes, free_bytes, total_bytes) from error
+
+    def pin(self, address: int, nbytes: int) -> None:
+        """Do nothing: the CPU copies from any memory alike."""
+
+    def synchronize(self) -> None:
+        """Do nothing: copies of the CPU have ended when they return."""
+
+    def empty_cache(self) -> None:
+        """Do nothing: malloc is trimmed by the scrub itself."""
+
+    def used_bytes(self) -> int:
+        """Return this process's private anonymous memory."""
+        return measure_private_anonymous_bytes(os.getpid()) or 0
+
+    def figures(self, resident_bytes: int) -> MemoryFigures:  # noqa: ARG002 - measured outside
+        """Return what the process held when it began; malloc keeps no classes."""
+        return MemoryFigures(context_bytes=self._context_bytes)
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether malloc or mmap failed."""
+        return isinstance(error, MemoryError) or "can't allocate memory" in str(error)

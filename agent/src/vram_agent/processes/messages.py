@@ -1,0 +1,249 @@
+"""What the supervisor asks of its processes, and what they answer: msgpack over channel.py.
+
+Why it exists: both ends of a channel share one definition of each message. Tensors do not travel
+in messages: their headers do, their bytes lie one after the other in a sealed memfd.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from vram_agent.backend import LoadedModel, TaskKind, Tensor, TensorSpec
+from vram_agent.devices.base import MemoryFigures, Placement
+from vram_agent.processes.channel import map_sealed, seal_bytes
+from vram_agent.protocol import ModelSpec
+
+TENSOR_ALIGNMENT_BYTES = 64
+
+
+class TensorHeader(Struct, frozen=True, kw_only=True):
+    """A tensor without its bytes; those begin at ``offset`` of the memfd beside the message."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Load(Struct, frozen=True, kw_only=True, tag="load"):
+    """To a template: load a model into the arena. Answer: Loaded."""
+
+    spec: ModelSpec
+
+
+class Unload(Struct, frozen=True, kw_only=True, tag="unload"):
+    """To a template: drop a model. Answer: Done."""
+
+    name: str
+
+
+class Fork(Struct, frozen=True, kw_only=True, tag="fork"):
+    """To a template, with the GPU process's end of its channel. Answer: Forked or Refused."""
+
+    placement: Placement
+    threads: int
+
+
+class Become(Struct, frozen=True, kw_only=True, tag="become"):
+    """To a template without a fork: be the GPU process yourself, on this channel. Answer: Done."""
+
+    placement: Placement
+    threads: int
+
+
+class Restore(Struct, frozen=True, kw_only=True, tag="restore"):
+    """To a GPU process. Answer: MovedTo."""
+
+    name: str
+
+
+class Offload(Struct, frozen=True, kw_only=True, tag="offload"):
+    """To a GPU process. Answer: MovedTo."""
+
+    name: str
+
+
+class Run(Struct, frozen=True, kw_only=True, tag="run"):
+    """To a GPU process, with a memfd when there are tensors. Answer: Ran."""
+
+    name: str
+    kind: TaskKind
+    parameters: dict[str, Any]
+    tensors: list[TensorHeader]
+
+
+class Scrub(Struct, frozen=True, kw_only=True, tag="scrub"):
+    """To a GPU process. Answer: Scrubbed."""
+
+
+Request = Load | Unload | Fork | Become | Restore | Offload | Run | Scrub
+
+
+class Loaded(Struct, frozen=True, kw_only=True, tag="loaded"):
+    """A model lies in the arena, which now takes ``arena_bytes``."""
+
+    weight_bytes: int
+    arena_bytes: int
+    tasks: list[TaskKind]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+    def as_model(self, name: str) -> LoadedModel:
+        """Return what the supervisor knows of the model."""
+        return LoadedModel(
+            name=name,
+            weight_bytes=self.weight_bytes,
+            tasks=frozenset(self.tasks),
+            inputs=tuple(self.inputs),
+            outputs=tuple(self.outputs),
+        )
+
+
+class Forked(Struct, frozen=True, kw_only=True, tag="forked"):
+    """The GPU process runs; its pidfd comes with this."""
+
+    pid: int
+
+
+class Refused(Struct, frozen=True, kw_only=True, tag="refused"):
+    """A fork would not be safe, and why."""
+
+    reason: str
+
+
+class MovedTo(Struct, frozen=True, kw_only=True, tag="moved"):
+    """A model was restored or offloaded; it now holds ``vram_bytes`` on the device."""
+
+    vram_bytes: int
+    seconds: float
+    figures: MemoryFigures
+    message: str = ""
+
+
+class Ran(Struct, frozen=True, kw_only=True, tag="ran"):
+    """A task's result, with a memfd when there are tensors."""
+
+    values: dict[str, Any]
+    tensors: list[TensorHeader]
+    figures: MemoryFigures
+
+
+class ScrubbedTo(Struct, frozen=True, kw_only=True, tag="scrubbed"):
+    """What a scrub gave back, in bytes of device memory."""
+
+    before_bytes: int
+    after_bytes: int
+    figures: MemoryFigures
+
+
+class Done(Struct, frozen=True, kw_only=True, tag="done"):
+    """It is done."""
+
+    arena_bytes: int = 0
+
+
+class Failure(Struct, frozen=True, kw_only=True, tag="failure"):
+    """An error of errors.py by the name of its class."""
+
+    error: str
+    message: str
+    param: str | None = None
+    retry_after_seconds: float | None = None
+
+
+class Exited(Struct, frozen=True, kw_only=True, tag="exited"):
+    """From a template, unasked (id 0): its GPU process has ended and is reaped."""
+
+    pid: int
+    status: int
+
+
+Reply = Loaded | Forked | Refused | MovedTo | Ran | ScrubbedTo | Done | Failure | Exited
+
+
+class Call(Struct, frozen=True):
+    """A request with the number that its answer will carry."""
+
+    id: int
+    request: Request
+
+
+class Answer(Struct, frozen=True):
+    """An answer to the call of that number; 0 for what nobody asked."""
+
+    id: int
+    reply: Reply
+
+
+_encoder = msgspec.msgpack.Encoder()
+_call_decoder = msgspec.msgpack.Decoder(Call)
+_answer_decoder = msgspec.msgpack.Decoder(Answer)
+
+
+def encode(message: Call | Answer) -> bytes:
+    """Return a message as bytes. Raises TypeError for values that msgpack cannot carry."""
+    return _encoder.encode(message)
+
+
+def decode_call(body: bytes) -> Call:
+    """Return the call in a packet's body. Raises msgspec.DecodeError."""
+    return _call_decoder.decode(body)
+
+
+def decode_answer(body: bytes) -> Answer:
+    """Return the answer in a packet's body. Raises msgspec.DecodeError."""
+    return _answer_decoder.decode(body)
+
+
+def pack_tensors(tensors: Sequence[Tensor]) -> tuple[list[TensorHeader], list[int]]:
+    """Return the headers, and the sealed memfd with the bytes (no descriptor without tensors).
+
+    The caller owns the descriptor.
+    """
+    if not tensors:
+        return [], []
+    headers: list[TensorHeader] = []
+    parts: list[bytes | memoryview] = []
+    offset = 0
+    for tensor in tensors:
+        nbytes = memoryview(tensor.data).nbytes
+        headers.append(
+            TensorHeader(
+                name=tensor.name,
+                datatype=tensor.datatype,
+                shape=tuple(tensor.shape),
+                offset=offset,
+                nbytes=nbytes,
+            )
+        )
+        padding = -nbytes % TENSOR_ALIGNMENT_BYTES
+        parts += [tensor.data, bytes(padding)]
+        offset += nbytes + padding
+    return headers, [seal_bytes(parts)]
+
+
+def unpack_tensors(headers: Sequence[TensorHeader], fds: Sequence[int]) -> list[Tensor]:
+    """Return the tensors of a message; their data are views of the mapped memfd.
+
+    Closes the descriptors. Raises BrokenPacketError.
+    """
+    try:
+        data = map_sealed(fds[0]) if fds else memoryview(b"")
+    finally:
+        for fd in fds:
+            os.close(fd)
+    return [
+        Tensor(
+            name=header.name,
+            datatype=header.datatype,
+            shape=header.shape,
+            data=data[header.offset : header.offset + header.nbytes],
+        )
+        for header in headers
+    ]

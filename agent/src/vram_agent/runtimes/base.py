@@ -1,0 +1,113 @@
+"""What every runtime offers: options checked, a model loaded by its library's own loader, tasks run.
+
+Why it exists: templates and GPU processes host models without knowing their libraries. `load` runs
+in a template (one thread, no CUDA, no ONNX session); `run` in the GPU process forked from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vram_agent.backend import Task, TaskKind, TaskResult, TensorSpec
+from vram_agent.engine.arena import Arena
+from vram_agent.engine.weights import Weights
+from vram_agent.errors import BadInputError, ModelFailedError
+from vram_agent.protocol import ModelSpec
+
+
+class HostedModel(Protocol):
+    """A loaded model: made in the template, run in the GPU process."""
+
+    @property
+    def tasks(self) -> frozenset[TaskKind]:
+        """What it can be asked to do."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """For INFER: the inputs; empty where the model does not say."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """For INFER: the outputs; empty where the model does not say."""
+        ...
+
+    @property
+    def weights(self) -> Weights:
+        """What moves between host and device."""
+        ...
+
+    def run(self, task: Task) -> TaskResult:
+        """Run a task on the device. Raises BadInputError when the input is at fault."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what tasks left behind in the library: caches by device, hooks. Never raises."""
+        ...
+
+
+class ModelRuntime(Protocol):
+    """One library: how its models are loaded."""
+
+    def load(self, spec: ModelSpec, arena: Arena) -> HostedModel:
+        """Load a model and put its weights into the arena.
+
+        Raises ModelFailedError: what, where, what to do.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A valid value of an option or parameter: a test, and the words for it."""
+
+    is_valid: Callable[[Any], bool]
+    words: str
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number; a bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+TEXT = Option(lambda value: isinstance(value, str), "a text")
+FLAG = Option(lambda value: isinstance(value, bool), "true or false")
+NUMBER = Option(is_number, "a number")
+COUNT = Option(lambda value: is_number(value) and value == int(value) and value > 0, "a count")
+
+
+def explain_fault(values: Mapping[str, Any], valid: Mapping[str, Option]) -> tuple[str, str]:
+    """Return the first name that is unknown or has a bad value, and the words; empty for none."""
+    for name, value in values.items():
+        if name not in valid:
+            return name, f"unknown; {_suggest(name, valid)}"
+        if not valid[name].is_valid(value):
+            return name, f"must be {valid[name].words}, not {value!r}"
+    return "", ""
+
+
+def _suggest(name: str, valid: Collection[str]) -> str:
+    if not valid:
+        return "there is none"
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)
+    return f"did you mean {near[0]}? (valid: {', '.join(sorted(valid))})"
+
+
+def check_options(spec: ModelSpec, valid: Mapping[str, Option]) -> None:
+    """Raise ModelFailedError for an option that the runtime does not have, or a bad value."""
+    name, words = explain_fault(spec.options, valid)
+    if name:
+        raise ModelFailedError(
+            f"model {spec.name}: option {name} of runtime {spec.runtime.value} is not valid: {words}"
+        )
+
+
+def check_parameters(task: Task, valid: Mapping[str, Option]) -> None:
+    """Raise BadInputError for a parameter of a task that is unknown or has a bad value."""
+    name, words = explain_fault(task.parameters, valid)
+    if name:
+        raise BadInputError(f"parameter {name} of {task.kind.value}: {words}", param=name)

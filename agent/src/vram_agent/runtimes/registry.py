@@ -1,0 +1,37 @@
+"""Which runtimes this build has. The libraries are imported when a model first needs them."""
+
+from __future__ import annotations
+
+import importlib
+
+from vram_agent.errors import ModelFailedError
+from vram_agent.protocol import ModelSpec, Runtime
+from vram_agent.runtimes.base import ModelRuntime
+
+_MODULES: dict[Runtime, tuple[str, str, str]] = {
+    Runtime.WHISPER: ("vram_agent.runtimes.whisper", "WhisperRuntime", "whisper"),
+    Runtime.ONNX: ("vram_agent.runtimes.onnx", "OnnxRuntime", "onnx"),
+    Runtime.PYTHON: ("vram_agent.runtimes.python", "PythonRuntime", "torch"),
+}
+
+
+def find_runtime(spec: ModelSpec) -> ModelRuntime:
+    """Return the runtime of a model, importing its library (seconds).
+
+    Raises ModelFailedError when this build has no such runtime, or its library is not installed.
+    """
+    if spec.runtime not in _MODULES:
+        names = ", ".join(sorted(runtime.value for runtime in _MODULES))
+        raise ModelFailedError(
+            f"model {spec.name}: runtime {spec.runtime.value} is not in this build, which has "
+            f"{names}; use one of them"
+        )
+    module, name, extra = _MODULES[spec.runtime]
+    try:
+        runtime: ModelRuntime = getattr(importlib.import_module(module), name)()
+    except ImportError as error:
+        raise ModelFailedError(
+            f"model {spec.name}: runtime {spec.runtime.value} cannot be imported ({error}); "
+            f"install vram-agent[{extra}] in the image"
+        ) from error
+    return runtime

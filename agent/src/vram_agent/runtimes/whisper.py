@@ -1,0 +1,215 @@
+"""The runtime Whisper: openai-whisper checkpoints.
+
+``source``: a path to a checkpoint (``.pt``), or a name that openai-whisper knows (``tiny``,
+``large-v3`` …), which is downloaded on first use.
+
+Options:
+- ``downloadRoot``: where downloads lie; default ``$XDG_CACHE_HOME/whisper`` or ``~/.cache/whisper``.
+- ``fp16``: compute in half precision; default true on CUDA; false is the only choice on the CPU.
+- ``language``: the language when a request names none; default: detected from the audio.
+- ``beamSize``: beams of the search at temperature 0; default: greedy.
+
+Tasks: transcribe and translate, from the FP32 tensor ``audio``. Parameters: ``language``,
+``prompt``, ``temperature`` (a number or a list of fallbacks), ``word_timestamps``,
+``condition_on_previous_text``, ``beam_size``, ``no_speech_threshold``.
+
+openai-whisper takes seconds to import (numba), so this module is imported by templates only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import whisper
+import whisper.audio
+from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
+
+from vram_agent.backend import Task, TaskKind, TaskResult, TensorSpec
+from vram_agent.engine.arena import Arena
+from vram_agent.engine.torch import TorchWeights
+from vram_agent.errors import BadInputError, ModelFailedError
+from vram_agent.protocol import ModelSpec
+from vram_agent.runtimes.arrays import read_audio
+from vram_agent.runtimes.base import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    TEXT,
+    Option,
+    check_options,
+    check_parameters,
+    is_number,
+)
+
+SAMPLE_RATE_HERTZ = 16_000
+_OPTIONS = {"downloadRoot": TEXT, "fp16": FLAG, "language": TEXT, "beamSize": COUNT}
+_TEMPERATURE = Option(
+    lambda value: (
+        is_number(value)
+        or (isinstance(value, (list, tuple)) and bool(value) and all(map(is_number, value)))
+    ),
+    "a number or a list of numbers",
+)
+_LANGUAGE = Option(
+    lambda value: (
+        value is None
+        or (isinstance(value, str) and value.lower() in {"", *LANGUAGES, *TO_LANGUAGE_CODE})
+    ),
+    "a language that Whisper knows, as ISO 639-1 code or English name",
+)
+_PARAMETERS = {
+    "language": _LANGUAGE,
+    "prompt": Option(lambda value: value is None or isinstance(value, str), "a text"),
+    "temperature": _TEMPERATURE,
+    "word_timestamps": FLAG,
+    "condition_on_previous_text": FLAG,
+    "beam_size": COUNT,
+    "no_speech_threshold": NUMBER,
+}
+_SEGMENT_FIELDS = (
+    "id",
+    "seek",
+    "start",
+    "end",
+    "text",
+    "tokens",
+    "temperature",
+    "avg_logprob",
+    "compression_ratio",
+    "no_speech_prob",
+)
+
+
+class WhisperRuntime:
+    """Loads openai-whisper models on the CPU."""
+
+    def load(self, spec: ModelSpec, arena: Arena) -> WhisperModel:
+        """Load a checkpoint with ``whisper.load_model``. Raises ModelFailedError."""
+        check_options(spec, {**_OPTIONS, "language": _LANGUAGE})
+        if spec.source not in whisper.available_models() and not os.path.isfile(spec.source):  # noqa: PTH113 - whisper's own test
+            raise ModelFailedError(
+                f"model {spec.name}: there is no file {spec.source}, and openai-whisper knows no "
+                f"model of that name; mount the checkpoint there, or use one of "
+                f"{', '.join(whisper.available_models())}"
+            )
+        try:
+            # On the CPU, always: on CUDA the checkpoint and the model would both lie in VRAM.
+            model = whisper.load_model(
+                spec.source, device="cpu", download_root=spec.options.get("downloadRoot")
+            )
+        except OSError as error:
+            raise ModelFailedError(
+                f"model {spec.name}: {spec.source} cannot be read or downloaded: {error}"
+            ) from error
+        except (
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+            RuntimeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            EOFError,
+        ) as error:
+            raise ModelFailedError(
+                f"model {spec.name}: {spec.source} is no whole checkpoint of openai-whisper "
+                f"({type(error).__name__}: {str(error)[:300]}); copy the file again, or convert it "
+                f"to a dict of dims and model_state_dict"
+            ) from error
+        model.eval()
+        return WhisperModel(spec, model, TorchWeights(model, arena))
+
+
+class WhisperModel:
+    """A loaded Whisper."""
+
+    tasks = frozenset({TaskKind.TRANSCRIBE, TaskKind.TRANSLATE})
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+
+    def __init__(self, spec: ModelSpec, model: whisper.Whisper, weights: TorchWeights) -> None:
+        self._spec = spec
+        self._model = model
+        self.weights = weights
+
+    def run(self, task: Task) -> TaskResult:
+        """Transcribe or translate the tensor ``audio``. Raises BadInputError."""
+        check_parameters(task, _PARAMETERS)
+        if task.kind is TaskKind.TRANSLATE and not self._model.is_multilingual:
+            raise BadInputError(f"model {self._spec.name} knows English only: it cannot translate")
+        audio = read_audio(task.tensors)
+        try:
+            found = whisper.transcribe(
+                self._model, torch.from_numpy(audio), **self._decoding(task.kind, task.parameters)
+            )
+        except BaseException:
+            self._remove_hooks()
+            raise
+        return TaskResult(
+            values={
+                "text": found["text"].strip(),
+                "language": found["language"],
+                "duration": len(audio) / SAMPLE_RATE_HERTZ,
+                "segments": [_plain_segment(segment) for segment in found["segments"]],
+            }
+        )
+
+    def _decoding(self, kind: TaskKind, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        options = self._spec.options
+        is_on_cpu = self._model.device.type == "cpu"
+        language = parameters.get("language") or options.get("language") or None
+        if not self._model.is_multilingual:
+            language = "en"
+        decoding: dict[str, Any] = {
+            "verbose": None,
+            "task": kind.value,
+            "language": language.lower() if language else None,
+            "initial_prompt": parameters.get("prompt") or None,
+            "word_timestamps": bool(parameters.get("word_timestamps", False)),
+            "fp16": not is_on_cpu and bool(options.get("fp16", True)),
+        }
+        if "temperature" in parameters:
+            temperature = parameters["temperature"]
+            decoding["temperature"] = (
+                float(temperature) if is_number(temperature) else tuple(map(float, temperature))
+            )
+        beams = parameters.get("beam_size", options.get("beamSize"))
+        if beams is not None:
+            decoding["beam_size"] = int(beams)
+        for name in ("condition_on_previous_text", "no_speech_threshold"):
+            if name in parameters:
+                decoding[name] = parameters[name]
+        return decoding
+
+    def _remove_hooks(self) -> None:
+        # timing.find_alignment and the KV cache remove their hooks only when nothing raises.
+        for module in self._model.modules():
+            module._forward_hooks.clear()  # noqa: SLF001 - handles are lost with the exception
+            module._forward_pre_hooks.clear()  # noqa: SLF001 - handles are lost with the exception
+
+    def forget(self) -> None:
+        """Drop the mel filters, which whisper keeps on each device it has seen."""
+        with contextlib.suppress(AttributeError):
+            whisper.audio.mel_filters.cache_clear()
+        self._remove_hooks()
+
+
+def _plain_segment(segment: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {name: _plain(segment[name]) for name in _SEGMENT_FIELDS if name in segment}
+    if "words" in segment:
+        plain["words"] = [
+            {name: _plain(value) for name, value in word.items()} for word in segment["words"]
+        ]
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers of numpy and torch as Python's own."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.item() if hasattr(value, "item") else value

@@ -90,10 +90,9 @@ def rungs(
     """
     if method is not RestartMethod.AUTO:
         return (method,)
-    ladder = (RestartMethod.RECYCLE, RestartMethod.IN_PLACE, RestartMethod.EVICT)
-    if trigger is not RestartTrigger.RESIDUAL:
-        ladder = ladder[1:]
-    return (*ladder, RestartMethod.DELETE) if allow_delete else ladder
+    first = (RestartMethod.RECYCLE,) if trigger is RestartTrigger.RESIDUAL else ()
+    last = (RestartMethod.DELETE,) if allow_delete else ()
+    return (*first, RestartMethod.IN_PLACE, RestartMethod.EVICT, *last)
 
 
 def next_rung(restart: Restart, *, allow_delete: bool) -> RestartMethod | None:

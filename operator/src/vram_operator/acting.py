@@ -101,10 +101,12 @@ class Acting:
                 self._facts.forget(obj["metadata"]["uid"])
         else:
             key = self._cache.observe(resource, obj)
-            if resource is PODS and key is not None:
-                self._poller.notice(obj)
-        if key is not None and self.is_synced:
-            self._queue.add(key)
+        if key is None or not self.is_synced:
+            return
+        # What changed may be what an old report is no longer good for.
+        for pod in [obj] if resource is PODS else self._cache.members(PODS, key):
+            self._poller.notice(pod)
+        self._queue.add(key)
 
     async def run(self) -> None:
         """Act until cancelled. Raises UnusableKeyError."""

@@ -101,7 +101,7 @@ class Applier:
     async def _carry_out(self, workload: Workload, action: Action) -> None:
         match action:
             case EnsureObject():
-                await self._ensure_object(action)
+                await self._ensure_object(workload, action)
             case AnnotateWorkload():
                 await self._annotate(workload, action)
             case CreateRestart():
@@ -118,7 +118,7 @@ class Applier:
             case _:
                 await self._pods.carry_out(workload.namespace, action)
 
-    async def _ensure_object(self, action: EnsureObject) -> None:
+    async def _ensure_object(self, workload: Workload, action: EnsureObject) -> None:
         manifest = action.manifest
         metadata = manifest["metadata"]
         resource = KINDS[manifest["kind"]]
@@ -127,9 +127,11 @@ class Applier:
             answer = await self._api.apply(path, manifest, action.field_manager)
         except ApiError as error:
             if error.status in {400, 403, 422}:
+                self._facts.record_refusal(workload.uid, workload.generation, error.message)
                 raise RefusedManifestError(error.message) from error
             raise
         self._facts.record_applied(path, answer)
+        self._facts.forget_refusal(workload.uid)
         self._cache.observe(resource, answer)
         _log.info("object applied", kind=manifest["kind"], **_place(metadata))
 

@@ -34,6 +34,7 @@ class Facts:
         self._agents: dict[str, Agent] = {}
         self._evictions: dict[str, EvictionAnswer] = {}
         self._applied: dict[str, str] = {}
+        self._refused: dict[str, tuple[int, str]] = {}
 
     def agent(self, pod_uid: str) -> Agent:
         """Return what is known of the agent; one that says nothing when nothing is."""
@@ -86,6 +87,19 @@ class Facts:
         digest = _content_digest(obj)
         return self._applied.setdefault(path, digest) != digest
 
+    def record_refusal(self, workload_uid: str, generation: int, message: str) -> None:
+        """Keep what the apiserver said of the objects generated for this generation."""
+        self._refused[workload_uid] = (generation, message)
+
+    def refusal(self, workload_uid: str, generation: int) -> str:
+        """Return why the apiserver refused what was generated, empty if it did not."""
+        refused_generation, message = self._refused.get(workload_uid, (generation, ""))
+        return message if refused_generation == generation else ""
+
+    def forget_refusal(self, workload_uid: str) -> None:
+        """Drop a refusal: the apiserver took it after all."""
+        self._refused.pop(workload_uid, None)
+
     def forget(self, pod_uid: str) -> None:
         """Drop everything about a pod that is gone."""
         self._agents.pop(pod_uid, None)
@@ -94,6 +108,10 @@ class Facts:
 
 def _content_digest(obj: Object) -> str:
     content = {name: value for name, value in obj.items() if name not in {"metadata", "status"}}
+    if obj.get("kind") == "Deployment":
+        # Scaling and `kubectl rollout restart` are no drift: both are the user's to do.
+        spec = {name: value for name, value in obj["spec"].items() if name != "replicas"}
+        content["spec"] = spec | {"template": obj["spec"]["template"].get("spec")}
     content["labels"] = obj["metadata"].get("labels")
     content["ownerReferences"] = obj["metadata"].get("ownerReferences")
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

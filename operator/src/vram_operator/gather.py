@@ -97,6 +97,7 @@ class Gatherer:
             cluster=self._cluster(),
             workload=workload,
             public_keys=self.public_keys(),
+            apply_error=self._facts.refusal(workload.uid, workload.generation),
             target=target,
             objects=objects,
             pods=pods,

@@ -104,9 +104,11 @@ class HealthServer:
                 web.get("/readyz", self._get_readyz),
             ]
         )
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        self._runner = web.AppRunner(
+            app, access_log=None, handle_signals=False, shutdown_timeout=1.0
+        )
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "", port, shutdown_timeout=1.0)
+        site = web.TCPSite(self._runner, None, port)
         await site.start()
         return int(self._runner.addresses[0][1])
 

@@ -11,12 +11,15 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import structlog
 from vram_agent.protocol import InvalidQuantityError, Report, parse_quantity
 
 from vram_operator.agent_client import AgentAddress, AgentClient, AgentError
+from vram_operator.api import ResidualPolicy, decode
 from vram_operator.cache import Cache, Key, workload_key
 from vram_operator.clock import Clock
+from vram_operator.core.evidence import history_seconds
 from vram_operator.facts import Facts
 from vram_operator.kube import PODS, RESTARTS, WORKLOADS, Object
 from vram_operator.metrics import Metrics
@@ -171,7 +174,9 @@ def _threshold_bytes(workload: Object) -> int | None:
 
 
 def _kept_seconds(workload: Object, rhythm: Rhythm) -> float:
-    policy = _residual_policy(workload)
-    samples = int(policy.get("minSamples", 3))
-    longest_gap = 3 * rhythm.interval_seconds
-    return max(600.0, 2.0 * int(policy.get("forSeconds", 60)), 2.0 * samples * longest_gap)
+    raw = _residual_policy(workload)
+    try:
+        policy = decode(raw, ResidualPolicy) if raw else None
+    except msgspec.ValidationError:
+        policy = None
+    return history_seconds(policy, rhythm.interval_seconds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import structlog
 
@@ -17,7 +18,7 @@ from vram_operator.apply import Applier, RefusedManifestError
 from vram_operator.cache import Key
 from vram_operator.clock import Clock
 from vram_operator.core.condition_list import is_true
-from vram_operator.core.plan import EmitEvent, PatchRestartStatus, Plan
+from vram_operator.core.plan import EmitEvent, EnsureObject, PatchRestartStatus, Plan
 from vram_operator.core.planning import plan
 from vram_operator.core.snapshot import Snapshot
 from vram_operator.gather import Gatherer, InvalidWorkloadError
@@ -77,12 +78,17 @@ class Reconciler:
         try:
             await self._applier.apply(snapshot.workload, planned)
         except RefusedManifestError as error:
-            _log.warning("template refused", namespace=key[0], workload=key[1], error=str(error))
-            raw = self._gatherer.raw(key)
-            if raw is not None:
-                await self._applier.refuse(raw, Reason.INVALID_TEMPLATE, str(error))
-            return REFUSED_SECONDS
+            return await self._refused(key, snapshot, str(error))
         return self._next_visit(key, planned)
+
+    async def _refused(self, key: Key, before: Snapshot, message: str) -> float:
+        """Do all but what the apiserver refused, so that the status says it; try again later."""
+        _log.warning("manifest refused", namespace=key[0], workload=key[1], error=message)
+        snapshot = replace(before, apply_error=message)
+        planned = plan(snapshot, self._clock.now())
+        rest = tuple(one for one in planned.actions if not isinstance(one, EnsureObject))
+        await self._applier.apply(snapshot.workload, replace(planned, actions=rest))
+        return REFUSED_SECONDS
 
     def _next_visit(self, key: Key, planned: Plan) -> float | None:
         """Return when to come again.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from vram_agent.backend import LoadedModel, Task, TaskKind, TaskResult, Tensor, TensorSpec
@@ -116,7 +115,8 @@ class FakeModelServer:
     """Answers ``result``, raises ``error`` if set, and waits for ``gate`` where a test closes it.
 
     ``calls`` are the control calls as (name, arguments). ``submitted`` is set at each ``submit``,
-    ``abandoned`` when one was cancelled, so that a test waits for events and not for time.
+    ``abandoned`` when one was cancelled, ``control_begun`` and ``control_done`` when a model's
+    control call reached ``control_gate`` and went through it, so that a test waits for events and not for time.
     """
 
     views: list[ModelView] = field(
@@ -132,11 +132,15 @@ class FakeModelServer:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     submitted: asyncio.Event = field(default_factory=asyncio.Event)
     abandoned: asyncio.Event = field(default_factory=asyncio.Event)
+    control_begun: asyncio.Event = field(default_factory=asyncio.Event)
+    control_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    control_done: asyncio.Event = field(default_factory=asyncio.Event)
     sequence: int = 0
     action: ActionReport | None = None
 
     def __post_init__(self) -> None:
         self.gate.set()
+        self.control_gate.set()
 
     def models(self) -> list[ModelView]:
         return list(self.views)
@@ -238,6 +242,9 @@ class FakeModelServer:
 
     async def _model_call(self, name: str, model: str, *arguments: object) -> ModelReport:
         self.calls.append((name, model, *arguments))
+        self.control_begun.set()
+        await self.control_gate.wait()
+        self.control_done.set()
         self._raise_scripted()
         return self.model(model).report
 
@@ -267,11 +274,6 @@ def copied(task: Task) -> Task:
         for t in task.tensors
     ]
     return Task(kind=task.kind, parameters=dict(task.parameters), tensors=tensors)
-
-
-def names(views: Iterable[ModelView]) -> list[str]:
-    """Return the models' names, in order."""
-    return [view.spec.name for view in views]
 
 
 _: type[ModelServer] = FakeModelServer

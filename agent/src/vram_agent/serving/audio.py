@@ -40,6 +40,9 @@ _FORMATS = (
     "matroska,mj2,mov,mp2,mp3,mp4,mpc,mpc8,mpeg,mpegts,mxf,nut,oga,ogg,opus,rm,tak,tta,voc,w64,"
     "wav,webm,wv,xwma"
 )
+# Through 16-bit samples, as Whisper's own loader: mixing down floats is not normalised and leaves
+# the range -1 to 1. https://ffmpeg.org/ffmpeg-resampler.html (rematrix_maxval)
+_TO_MODEL_INPUT = f"aformat=sample_fmts=s16:sample_rates={SAMPLE_RATE_HZ}:channel_layouts=mono"
 
 
 def open_scratch() -> BinaryIO:
@@ -159,7 +162,7 @@ class AudioDecoder:
             *(self._ffmpeg or "ffmpeg", "-nostdin", "-hide_banner", "-loglevel", "error"),
             *("-threads", "1", "-format_whitelist", _FORMATS, "-protocol_whitelist", "file"),
             *("-i", "file:/proc/self/fd/0", "-map", "0:a:0"),
-            *("-t", str(self._max_audio_seconds + 1), "-ac", "1", "-ar", str(SAMPLE_RATE_HZ)),
+            *("-t", str(self._max_audio_seconds + 1), "-af", _TO_MODEL_INPUT),
             *("-f", "f32le", "pipe:1"),
         ]
 

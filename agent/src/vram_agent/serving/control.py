@@ -191,14 +191,19 @@ def _ensure_unsigned_allowed(request: web.Request, policy: ControlPolicy) -> Non
 
 
 def _is_loopback(request: web.Request) -> bool:
-    """The peer of the connection; headers that name another are a client's claim."""
-    peer = request.transport.get_extra_info("peername") if request.transport else None
+    peer = _peer(request)
     if not peer:
         return False
-    address = ip_address(peer[0].partition("%")[0])
+    address = ip_address(peer.partition("%")[0])
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         return address.ipv4_mapped.is_loopback
     return address.is_loopback
+
+
+def _peer(request: web.Request) -> str:
+    """Return the address at the connection's other end; headers that name one prove nothing."""
+    peer = request.transport.get_extra_info("peername") if request.transport else None
+    return str(peer[0]) if peer else ""
 
 
 async def _control_body(request: web.Request) -> bytes:

@@ -27,9 +27,7 @@ T = TypeVar("T")
 def ensure_size(number_of_bytes: int | None, limit_bytes: int) -> None:
     """Raise TooLargeError where a body, announced or received, is beyond the limit."""
     if number_of_bytes is not None and number_of_bytes > limit_bytes:
-        raise TooLargeError(
-            f"the request is larger than {format_quantity(limit_bytes)} bytes (limits.requestBytes)"
-        )
+        raise TooLargeError(f"the request is larger than {format_quantity(limit_bytes)} bytes")
 
 
 async def refuse_large_before_continue(request: web.Request) -> web.StreamResponse | None:

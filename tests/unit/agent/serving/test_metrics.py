@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from vram_agent.metrics import AgentMetrics
+
+from tests.support.server import FakeModelServer
+
+
+def samples(metrics: AgentMetrics) -> dict[str, float]:
+    lines = metrics.render().decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def test_gauges_are_read_from_one_report() -> None:
+    server = FakeModelServer()
+    metrics = AgentMetrics("1.2.3")
+    metrics.attach(server.report)
+    found = samples(metrics)
+    assert server.sequence == 1
+    expected = {
+        'vram_agent_build_info{version="1.2.3"}': 1,
+        'vram_agent_device_total_bytes{gpu_uuid="GPU-1"}': 80_000,
+        'vram_agent_device_used_bytes{gpu_uuid="GPU-1"}': 5_000,
+        'vram_agent_residual_bytes{source="Exclusive"}': 3_000,
+        'vram_agent_memory_class_bytes{class="contextAndLibraries"}': 2_900,
+        'vram_agent_memory_class_bytes{class="otherProcesses"}': 0,
+        'vram_agent_model_bytes{model="adder",tier="VRAM"}': 2_000,
+        'vram_agent_model_bytes{model="adder",tier="Host"}': 2_000,
+        'vram_agent_model_bytes{model="whisper",tier="PinnedHost"}': 1_000,
+        'vram_agent_model_bytes{model="whisper",tier="VRAM"}': 0,
+        'vram_agent_queue_depth{model="adder"}': 3,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_a_model_is_in_exactly_one_state() -> None:
+    metrics = AgentMetrics("1")
+    metrics.attach(FakeModelServer().report)
+    states = {
+        name: value
+        for name, value in samples(metrics).items()
+        if name.startswith('vram_agent_model_state{model="adder"')
+    }
+    assert len(states) == 7
+    assert [name for name, value in states.items() if value] == [
+        'vram_agent_model_state{model="adder",state="Resident"}'
+    ]
+
+
+def test_what_happens_is_counted() -> None:
+    metrics = AgentMetrics("1")
+    metrics.observe_transition("a", "restore", 0.3, "ok")
+    metrics.observe_eviction("a", "VRAM needed for b")
+    metrics.observe_queue_wait("a", 0.2)
+    metrics.observe_worker_restart("a", "exit")
+    metrics.observe_request("a", "infer", 200, 1.5)
+    found = samples(metrics)
+    expected = {
+        'vram_agent_transitions_total{model="a",outcome="ok",transition="restore"}': 1,
+        'vram_agent_transition_seconds_sum{model="a",transition="restore"}': 0.3,
+        'vram_agent_evictions_total{model="a",reason="VRAM needed for b"}': 1,
+        'vram_agent_queue_seconds_count{model="a"}': 1,
+        'vram_agent_worker_restarts_total{model="a",reason="exit"}': 1,
+        'vram_agent_requests_total{api="infer",code="200",model="a"}': 1,
+        'vram_agent_request_seconds_bucket{api="infer",le="1.0",model="a"}': 0,
+        'vram_agent_request_seconds_bucket{api="infer",le="2.5",model="a"}': 1,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_every_name_has_the_prefix_and_nothing_is_created_twice() -> None:
+    metrics = AgentMetrics("1")
+    metrics.attach(FakeModelServer().report)
+    metrics.observe_request("a", "infer", 200, 1.5)
+    names = samples(metrics)
+    assert all(name.startswith("vram_agent_") for name in names)
+    assert not any("_created" in name for name in names)
+
+
+def test_before_a_report_there_is_the_build_only() -> None:
+    assert list(samples(AgentMetrics("1"))) == ['vram_agent_build_info{version="1"}']
+
+
+def test_two_agents_in_one_process_do_not_share_metrics() -> None:
+    first, second = AgentMetrics("1"), AgentMetrics("2")
+    first.observe_eviction("a", "why")
+    assert len(samples(second)) == 1

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.unit.agent.serving.conftest import Agent, StartAgent
+
+TRANSCRIPTIONS = "/v1/audio/transcriptions"
+MEBIBYTE = 1024**2
+HEAD = (
+    b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n'
+    b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+)
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
+
+
+def resident_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"RssAnon:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def open_files() -> list[str]:
+    return [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+
+
+def scratch_files() -> int:
+    return sum("vram-agent" in name or "/tmp/#" in name for name in open_files())
+
+
+class Zeros:
+    """A recording of so many zeros, sent chunk by chunk; notes the peak of memory on the way."""
+
+    def __init__(self, mebibytes: int) -> None:
+        self.mebibytes = mebibytes
+        self.sent = 0
+        self.peak_bytes = 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        chunk = bytes(MEBIBYTE)
+        yield HEAD
+        for _ in range(self.mebibytes):
+            yield chunk
+            self.sent += 1
+            self.peak_bytes = max(self.peak_bytes, resident_bytes())
+        yield b"\r\n--b--\r\n"
+
+
+async def test_a_large_upload_is_cut_off_and_memory_stays_flat(start_agent: StartAgent) -> None:
+    agent = await start_agent(request_bytes="32Mi")
+    zeros = Zeros(300)
+    before = resident_bytes()
+    async with agent.session.post(
+        agent.serving(TRANSCRIPTIONS), data=zeros.__aiter__(), headers=FORM
+    ) as answer:
+        assert answer.status == 413
+        assert (await answer.json())["error"]["code"] == "request_too_large"
+    assert zeros.peak_bytes - before < 48 * MEBIBYTE
+    assert not agent.server.submissions
+
+
+async def test_a_large_upload_that_is_admitted_lies_on_disk(start_agent: StartAgent) -> None:
+    agent = await start_agent(request_bytes="1Gi")
+    zeros = Zeros(300)
+    before = resident_bytes()
+    async with agent.session.post(
+        agent.serving(TRANSCRIPTIONS), data=zeros.__aiter__(), headers=FORM
+    ) as answer:
+        assert answer.status == 400  # received to its end: zeros are no audio
+        assert "no audio could be read" in await answer.text()
+    assert zeros.sent == 300
+    assert zeros.peak_bytes - before < 48 * MEBIBYTE
+
+
+async def raw_request(agent: Agent, head: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, _, port = agent.running.serving_address.partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(head.replace("\n", "\r\n").encode())
+    return reader, writer
+
+
+@pytest.mark.parametrize("path", [TRANSCRIPTIONS, "/v2/models/adder/infer"])
+async def test_an_announced_size_is_refused_before_a_byte_is_read(
+    start_agent: StartAgent, path: str
+) -> None:
+    agent = await start_agent(request_bytes="1Mi")
+    reader, writer = await raw_request(
+        agent,
+        f"POST {path} HTTP/1.1\nHost: a\nContent-Type: multipart/form-data; boundary=b\n"
+        "Content-Length: 1048577\n\n",
+    )
+    assert (await reader.readline()).split()[1] == b"413"
+    writer.close()
+
+
+async def test_a_client_that_asks_first_is_told_no(start_agent: StartAgent) -> None:
+    agent = await start_agent(request_bytes="1Mi")
+    reader, writer = await raw_request(
+        agent,
+        f"POST {TRANSCRIPTIONS} HTTP/1.1\nHost: a\nExpect: 100-continue\n"
+        "Content-Length: 1048577\n\n",
+    )
+    assert (await reader.readline()).split()[1] == b"413"
+    writer.close()
+
+
+async def test_a_client_that_asks_first_is_told_to_go_on(agent: Agent) -> None:
+    reader, writer = await raw_request(
+        agent,
+        f"POST {TRANSCRIPTIONS} HTTP/1.1\nHost: a\nExpect: 100-continue\n"
+        "Content-Type: text/plain\nContent-Length: 2\n\n",
+    )
+    assert (await reader.readline()).split()[1] == b"100"
+    writer.write(b"ab")
+    assert await reader.readline() == b"\r\n"
+    assert (await reader.readline()).split()[1] == b"400"
+    writer.close()
+
+
+async def test_a_chunked_json_body_is_cut_off_too(start_agent: StartAgent) -> None:
+    agent = await start_agent(request_bytes="1Mi")
+
+    async def spaces() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield b" " * MEBIBYTE
+
+    async with agent.session.post(agent.serving("/v2/models/adder/infer"), data=spaces()) as answer:
+        assert answer.status == 413
+        assert await answer.json() == {"error": "the request is larger than 1Mi bytes"}
+
+
+async def test_a_client_that_goes_away_while_it_sends_leaves_no_file_behind(agent: Agent) -> None:
+    before = scratch_files()
+    part_sent = asyncio.Event()
+
+    async def half() -> AsyncIterator[bytes]:
+        yield HEAD + bytes(2 * MEBIBYTE)
+        part_sent.set()
+        await asyncio.Event().wait()
+
+    sending = asyncio.create_task(
+        agent.session.post(agent.serving(TRANSCRIPTIONS), data=half(), headers=FORM)
+    )
+    await part_sent.wait()
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    await agent.running.close()  # waits for the handlers
+    assert scratch_files() == before
+    assert not agent.server.submissions
+
+
+async def test_a_form_beyond_its_parts_counts_as_a_whole(start_agent: StartAgent) -> None:
+    agent = await start_agent(request_bytes="1000")
+    data = aiohttp.FormData(default_to_multipart=True)
+    data.add_field("prompt", "x" * 600)
+    data.add_field("language", "y" * 600)
+    async with agent.session.post(agent.serving(TRANSCRIPTIONS), data=data) as answer:
+        assert answer.status == 413

@@ -116,7 +116,8 @@ class FakeModelServer:
 
     ``calls`` are the control calls as (name, arguments). ``submitted`` is set at each ``submit``,
     ``abandoned`` when one was cancelled, ``control_begun`` and ``control_done`` when a model's
-    control call reached ``control_gate`` and went through it, so that a test waits for events and not for time.
+    control call reached ``control_gate`` and went through it: a test waits for events, never for
+    time.
     """
 
     views: list[ModelView] = field(

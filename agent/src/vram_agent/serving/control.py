@@ -16,6 +16,7 @@ from ipaddress import IPv6Address, ip_address
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
+from vram_agent.config import ConfigError, parse_config
 from vram_agent.errors import BadInputError
 from vram_agent.metrics import CONTENT_TYPE
 from vram_agent.protocol import (
@@ -64,7 +65,7 @@ def signed_calls_only(policy: ControlPolicy, pod: PodIdentity) -> Middleware:
 
     @web.middleware
     async def verify(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in _OPEN_PATHS and request.match_info.http_exception is None:
+        if not _is_open(request):
             token = _bearer_token(request)
             if token is not None:
                 await _ensure_imported()
@@ -137,7 +138,7 @@ async def resume(request: web.Request) -> web.Response:
 
 async def put_config(request: web.Request) -> web.Response:
     """``PUT /config``: a whole AgentConfig."""
-    config = decode_json(request[BODY], AgentConfig)
+    config = _config(request[BODY])
     answer = json_answer(await request.app[SERVER].apply_config(config))
     request.app[LIMITS].apply(config)
     return answer
@@ -155,10 +156,24 @@ async def restart(request: web.Request) -> web.Response:
     return json_answer(request.app[SERVER].restart(order), status=202)
 
 
+def _is_open(request: web.Request) -> bool:
+    """Go by the route that will answer, not by the path as written; no route does nothing."""
+    resource = request.match_info.route.resource
+    return resource is None or resource.canonical in _OPEN_PATHS
+
+
 def _probe(is_fine: bool, word: str) -> web.Response:
     return web.Response(
         text=f"{word if is_fine else f'not {word}'}\n", status=200 if is_fine else 503
     )
+
+
+def _config(body: bytes) -> AgentConfig:
+    """Every fault is named at once, as for the config file."""
+    try:
+        return parse_config(decode_json(body, dict))
+    except ConfigError as error:
+        raise BadInputError("; ".join(error.faults)) from error
 
 
 def _tier(request: web.Request) -> OffloadTier | None:

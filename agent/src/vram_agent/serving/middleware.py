@@ -6,9 +6,9 @@ traceback leaves the process and that each error speaks its API's language is se
 
 from __future__ import annotations
 
-import logging
 import time
 
+import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
@@ -18,7 +18,7 @@ from vram_agent.metrics import UNKNOWN_MODEL
 from vram_agent.serving.answers import RouteError, error_answer
 from vram_agent.serving.context import METRICS, MODEL
 
-_log = logging.getLogger(__name__)
+_log = structlog.get_logger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's word for a client that went away before the answer
 _OTHER_API = "other"
@@ -58,7 +58,7 @@ async def errors_as_answers(request: web.Request, handler: Handler) -> web.Strea
     except HttpProcessingError as error:
         return error_answer(request.path, BadInputError(f"malformed request: {error.message}"))
     except Exception:  # the last resort: a client must get an answer, and never a traceback
-        _log.exception("request failed", extra={"method": request.method, "path": request.path})
+        _log.exception("request failed", method=request.method, path=request.path)
         return error_answer(request.path, AgentError("internal error; the agent's log says more"))
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import logging
 import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
+import structlog
 
 from vram_agent.errors import AgentError
 from vram_agent.protocol import MAX_TOKEN_LIFETIME_SECONDS
@@ -24,7 +24,7 @@ from vram_agent.protocol import MAX_TOKEN_LIFETIME_SECONDS
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-_log = logging.getLogger(__name__)
+_log = structlog.get_logger(__name__)
 
 ALGORITHM = "EdDSA"
 _MAX_SPENT = 10_000
@@ -196,9 +196,7 @@ def _parse_keys(text: bytes, path: str) -> tuple[Ed25519PublicKey, ...]:
         if isinstance(key, Ed25519PublicKey):
             keys.append(key)
         else:
-            _log.warning(
-                "public key ignored: it is no Ed25519 key", extra={"path": path, "number": number}
-            )
+            _log.warning("public key ignored: it is no Ed25519 key", path=path, number=number)
     return tuple(keys)
 
 

@@ -63,7 +63,7 @@ async def _receive(request: web.Request, form: Form) -> None:
             if not isinstance(part, BodyPartReader) or part.name is None:
                 raise BadInputError("every part of the form needs a name, and none may be nested")
             await _receive_part(request, form, part)
-    except (ValueError, AssertionError, RuntimeError) as error:  # what aiohttp's parser raises
+    except (ValueError, AssertionError) as error:  # what aiohttp's parser raises
         raise BadInputError(f"the form is malformed: {str(error)[:200]}") from error
     raise BadInputError(f"the form has more than {_MAX_PARTS} parts")
 

@@ -23,6 +23,7 @@ from vram_agent.protocol import (
     OffloadTier,
     RestartRequest,
 )
+from yarl import URL
 
 from tests.support.server import FakeModelServer
 from tests.unit.agent.serving.conftest import Agent, StartAgent
@@ -244,6 +245,15 @@ async def test_a_config_with_an_unknown_field_is_refused(
     status, body = await operator.call("PUT", "/config", b'{"modles": []}')
     assert status == 400
     assert "modles" in body["error"]
+    assert "models" in body["error"]
+    assert server.calls == []
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"models: []", b"\xff"])
+async def test_what_is_no_json_object_is_no_config(
+    operator: Operator, server: FakeModelServer, body: bytes
+) -> None:
+    assert (await operator.call("PUT", "/config", body))[0] == 400
     assert server.calls == []
 
 
@@ -347,6 +357,16 @@ async def test_an_error_of_the_supervisor_keeps_its_status(
 ) -> None:
     server.error = AgentError("the device did not answer")
     assert await operator.call("POST", "/scrub") == (500, {"error": "the device did not answer"})
+
+
+@pytest.mark.parametrize(
+    "path", ["/%64rain", "/models/adder%2Fload", "//drain", "/report/../drain"]
+)
+async def test_no_spelling_of_a_path_goes_round_the_signature(agent: Agent, path: str) -> None:
+    url = URL(agent.control(path), encoded=True)
+    async with agent.session.post(url) as answer:
+        assert answer.status in {401, 404}
+    assert agent.server.calls == []
 
 
 async def test_control_calls_have_no_place_on_the_serving_port(agent: Agent) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -133,6 +134,18 @@ async def test_a_chunked_json_body_is_cut_off_too(start_agent: StartAgent) -> No
     async with agent.session.post(agent.serving("/v2/models/adder/infer"), data=spaces()) as answer:
         assert answer.status == 413
         assert await answer.json() == {"error": "the request is larger than 1Mi bytes"}
+
+
+async def test_a_compressed_body_counts_by_what_it_unpacks_to(start_agent: StartAgent) -> None:
+    agent = await start_agent(request_bytes="1Mi")
+    bomb = gzip.compress(b" " * (200 * MEBIBYTE), compresslevel=1)
+    assert len(bomb) < MEBIBYTE
+    before = resident_bytes()
+    async with agent.session.post(
+        agent.serving("/v2/models/adder/infer"), data=bomb, headers={"Content-Encoding": "gzip"}
+    ) as answer:
+        assert answer.status == 413
+    assert resident_bytes() - before < 48 * MEBIBYTE
 
 
 async def test_a_client_that_goes_away_while_it_sends_leaves_no_file_behind(agent: Agent) -> None:

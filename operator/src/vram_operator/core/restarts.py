@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from vram_operator.core.acting_phase import advance_acting
 from vram_operator.core.phases import (
@@ -27,6 +27,9 @@ from vram_operator.core.visit import Visit
 
 _MOST_MOVES = 16
 """A turn ends when nothing moves; a ladder has fewer rungs than this."""
+
+WATCHED_EVERY = timedelta(seconds=2)
+"""A running restart is looked at so often, whatever news comes of it."""
 
 _Running = tuple[ActiveRestart, ...]
 _HANDLERS: Mapping[Phase, Callable[[Visit, Restart, _Running], Turn]] = {
@@ -96,7 +99,12 @@ def advance_all(visit: Visit) -> Round:
         actions=tuple(action for _, turn in turns for action in turn.actions),
         events=tuple(event for _, turn in turns for event in turn.events),
         blocked=tuple(turn.blocked for _, turn in turns if turn.blocked is not None),
-        requeue_at=earliest([turn.requeue_at for _, turn in turns]),
+        requeue_at=earliest(
+            [
+                *(turn.requeue_at for _, turn in turns),
+                *(visit.now + WATCHED_EVERY for _, turn in turns if is_active(turn.restart.status)),
+            ]
+        ),
     )
 
 

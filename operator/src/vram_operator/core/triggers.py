@@ -91,7 +91,7 @@ def decide_restarts(visit: Visit, restarts: tuple[Restart, ...]) -> Decisions:
     3. What a person asked for goes before the schedule, and that before the residual.
     """
     if visit.refusal is not None:  # 1
-        return Decisions(next_restart_time=visit.snapshot.workload.status.next_restart_time)
+        return Decisions()
     draft = _Draft()
     free = tuple(pod for pod in visit.pods if not _has_open(restarts, pod))  # 2
     annotate = _decide_manual(visit, restarts, free, draft)  # 3

@@ -1,0 +1,286 @@
+"""The workload's conditions: what holds, why, since when, and which changes are worth an Event.
+
+Why it exists: every condition is there from the first visit on, each with one documented reason,
+and no message carries a figure that moves with every report. Called by ``status``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from vram_agent.protocol import ModelState, parse_quantity
+
+from vram_operator.api import (
+    Condition,
+    ConditionStatus,
+    EventReason,
+    Reason,
+    WorkloadCondition,
+)
+from vram_operator.core.condition_list import Finding, find_condition, is_true
+from vram_operator.core.evidence import BLIND, COLLECTING, Evidence, EvidenceReason
+from vram_operator.core.figures import MIB, show_bytes
+from vram_operator.core.phases import is_active, open_attempt
+from vram_operator.core.plan import Blocked, EmitEvent, EventType
+from vram_operator.core.snapshot import Agent, Pod, Restart
+from vram_operator.core.visit import Visit
+
+_TRUE, _FALSE, _UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
+_NAMED = 3
+"""A message names so many pods or restarts, and counts the others."""
+
+_EVENTS = {
+    Reason.INVALID_SCHEDULE: EventReason.INVALID_SCHEDULE,
+    Reason.CONFLICTED: EventReason.CONFLICTED,
+    Reason.MODEL_FAILED: EventReason.MODEL_FAILED,
+    Reason.AGENT_SILENT: EventReason.AGENT_SILENT,
+    Reason.ABOVE_THRESHOLD: EventReason.RESIDUAL_HIGH,
+    Reason.ABOVE_WARNING: EventReason.VRAM_HIGH,
+}
+"""Reasons whose appearance is told in an Event."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What the visit's restarts came to, as far as conditions speak of it."""
+
+    restarts: tuple[Restart, ...]
+    blocked: tuple[Blocked, ...]
+    failures: int
+
+
+def find_conditions(visit: Visit, progress: Progress) -> tuple[Finding, ...]:
+    """Return a finding for every condition type of a workload."""
+    return (
+        _accepted(visit),
+        _ready(visit),
+        _agents_reporting(visit),
+        _residual_high(visit),
+        _vram_high(visit),
+        _restarting(progress),
+        _restart_blocked(progress),
+        _degraded(visit, progress),
+    )
+
+
+def events_of(before: Sequence[Condition], findings: Sequence[Finding]) -> tuple[EmitEvent, ...]:
+    """Return the Events of what has changed: reasons that were not there before."""
+    events = []
+    for finding in findings:
+        old = find_condition(before, finding.type)
+        reason = _EVENTS.get(finding.reason)
+        if reason is not None and (old is None or old.reason != finding.reason):
+            events.append(EmitEvent(reason=reason, message=finding.message, type=EventType.WARNING))
+    return tuple(events)
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Return names for a sentence: the first three, and how many more."""
+    some = sorted(names)
+    more = f" and {len(some) - _NAMED} more" if len(some) > _NAMED else ""
+    return ", ".join(some[:_NAMED]) + more
+
+
+def _accepted(visit: Visit) -> Finding:
+    type_ = WorkloadCondition.ACCEPTED
+    if visit.refusal is not None:
+        return Finding(type_, _FALSE, visit.refusal.reason, visit.refusal.message)
+    return Finding(type_, _TRUE, Reason.ACCEPTED)
+
+
+def _ready(visit: Visit) -> Finding:
+    """Are all replicas ready, and no model Failed?
+
+    1. Not accepted. 2. Nothing is wanted. 3. A model is Failed. 4. Pods are missing or not ready.
+    """
+    type_, target = WorkloadCondition.READY, visit.snapshot.target
+    if visit.refusal is not None:  # 1
+        return Finding(type_, _FALSE, Reason.NOT_ACCEPTED, "see the condition Accepted")
+    if target is not None and target.replicas == 0:  # 2
+        return Finding(type_, _TRUE, Reason.SCALED_TO_ZERO)
+    failed = sorted(
+        f"{model.name} on {pod.name}: {model.error or 'no reason given'}"
+        for pod in visit.pods
+        if (report := visit.snapshot.agent_of(pod.uid).report) is not None
+        for model in report.models
+        if model.state is ModelState.FAILED
+    )
+    if failed:  # 3
+        return Finding(type_, _FALSE, Reason.MODEL_FAILED, "; ".join(failed[:_NAMED]))
+    ready = sum(pod.ready for pod in visit.pods)
+    wanted = 0 if target is None else target.replicas
+    if target is None or ready < wanted:  # 4
+        message = f"{ready} of {wanted} pods are ready"
+        return Finding(type_, _FALSE, Reason.REPLICAS_NOT_READY, message)
+    return Finding(type_, _TRUE, Reason.READY)
+
+
+def expected_agents(visit: Visit) -> tuple[Pod, ...]:
+    """Return the pods whose agent should report: those whose container runs."""
+    return tuple(pod for pod in visit.pods if pod.agent_running_since is not None)
+
+
+def is_reporting(visit: Visit, agent: Agent) -> bool:
+    """Is the agent not silent?"""
+    return agent.received_at is not None and visit.now - agent.received_at <= visit.silent
+
+
+def next_silence(visit: Visit) -> datetime | None:
+    """Return when the next agent turns silent if nothing more is heard of it."""
+    heard = [
+        visit.snapshot.agent_of(pod.uid).received_at or pod.agent_running_since
+        for pod in expected_agents(visit)
+    ]
+    turns = [moment + visit.silent + timedelta(seconds=1) for moment in heard if moment]
+    return min((moment for moment in turns if moment > visit.now), default=None)
+
+
+def _agents_reporting(visit: Visit) -> Finding:
+    """Do all agents report, and take our word?
+
+    1. There are none. 2. One was silent for too long. 3. One refuses our calls. 4. One refuses
+    its config. 5. One is so young that its first report may still come.
+    """
+    type_ = WorkloadCondition.AGENTS_REPORTING
+    expected = expected_agents(visit)
+    agents = {pod.name: visit.snapshot.agent_of(pod.uid) for pod in expected}
+    if not expected:  # 1
+        return Finding(type_, _UNKNOWN, Reason.NO_AGENTS, "no pod of the workload runs an agent")
+    missing = [pod for pod in expected if not is_reporting(visit, agents[pod.name])]
+    silent = [pod.name for pod in missing if not _is_young(visit, pod)]
+    if silent:  # 2
+        return Finding(
+            type_, _FALSE, Reason.AGENT_SILENT, f"no fresh report from {name_some(silent)}"
+        )
+    refusing = [name for name, agent in agents.items() if agent.refuses]
+    if refusing:  # 3
+        return Finding(
+            type_,
+            _FALSE,
+            Reason.CONTROL_REFUSED,
+            f"{name_some(refusing)}: the agent refuses the operator's calls and can only be "
+            "evicted; mount the ConfigMap vram-agent-trust and set POD_UID",
+        )
+    unpushed = {
+        name: agent.push.message
+        for name, agent in agents.items()
+        if agent.push is not None
+        and agent.push.generation == visit.snapshot.workload.generation
+        and 400 <= agent.push.status < 500
+        and agent.report is not None
+        and agent.report.config_generation != visit.snapshot.workload.generation
+    }
+    if unpushed:  # 4
+        first = min(unpushed)
+        return Finding(type_, _FALSE, Reason.CONFIG_REFUSED, f"{first}: {unpushed[first]}")
+    if missing:  # 5
+        names = name_some([pod.name for pod in missing])
+        return Finding(type_, _UNKNOWN, Reason.PENDING, f"waiting for the first report of {names}")
+    return Finding(type_, _TRUE, Reason.REPORTING)
+
+
+def _is_young(visit: Visit, pod: Pod) -> bool:
+    since = pod.agent_running_since
+    return since is not None and visit.now - since <= visit.silent
+
+
+def _residual_high(visit: Visit) -> Finding:
+    """Does a pod hold more than the threshold without a model?
+
+    1. There is no threshold. 2. One does, proven. 3. One does, not proven yet. 4. The threshold
+    is below what a context alone holds. 5. Nothing can be said of any. 6. None does.
+    """
+    type_ = WorkloadCondition.RESIDUAL_HIGH
+    threshold = visit.threshold_bytes
+    if threshold is None:  # 1
+        return Finding(type_, _FALSE, Reason.NO_THRESHOLD)
+    limit = show_bytes(threshold)
+    found = {
+        pod.name: evidence for pod in visit.pods if (evidence := visit.evidence_of(pod)) is not None
+    }
+    high = _names_with(found, {EvidenceReason.SUFFICIENT})
+    if high:  # 2
+        message = f"{name_some(high)}: more than {limit} without a model"
+        return Finding(type_, _TRUE, Reason.ABOVE_THRESHOLD, message)
+    collecting = _names_with(found, COLLECTING)
+    if collecting:  # 3
+        message = f"{name_some(collecting)}: above {limit}, not for long enough and quiet yet"
+        return Finding(type_, _FALSE, Reason.COLLECTING_EVIDENCE, message)
+    low = _names_with(found, {EvidenceReason.THRESHOLD_TOO_LOW})
+    if low:  # 4
+        message = f"{name_some(low)}: context and libraries alone hold more than {limit}"
+        return Finding(type_, _FALSE, Reason.THRESHOLD_TOO_LOW, message)
+    blind = _names_with(found, BLIND)
+    if len(blind) == len(found):  # 5
+        return Finding(type_, _UNKNOWN, Reason.NO_EVIDENCE, "no fresh report of a known source")
+    return Finding(type_, _FALSE, Reason.BELOW_THRESHOLD)  # 6
+
+
+def _names_with(
+    found: dict[str, Evidence], reasons: frozenset[EvidenceReason] | set[EvidenceReason]
+) -> list[str]:
+    return sorted(name for name, evidence in found.items() if evidence.reason in reasons)
+
+
+def _vram_high(visit: Visit) -> Finding:
+    """Does a pod use more than vram.warnAbove? Once it did, until it is 5 % below again."""
+    type_ = WorkloadCondition.VRAM_HIGH
+    setting = visit.snapshot.workload.spec.vram.warn_above
+    if not setting:
+        return Finding(type_, _FALSE, Reason.NO_WARNING)
+    warn = parse_quantity(setting)
+    was_high = is_true(visit.snapshot.workload.status.conditions, type_)
+    limit = warn - max(warn // 20, MIB) if was_high else warn
+    reports = {
+        pod.name: report
+        for pod in visit.pods
+        if is_reporting(visit, agent := visit.snapshot.agent_of(pod.uid))
+        and (report := agent.report) is not None
+    }
+    if not reports:
+        return Finding(type_, _UNKNOWN, Reason.NO_EVIDENCE, "no fresh report")
+    high = [name for name, report in reports.items() if report.memory.used_bytes > limit]
+    if high:
+        message = f"{name_some(high)}: more than {show_bytes(warn)} in use"
+        return Finding(type_, _TRUE, Reason.ABOVE_WARNING, message)
+    return Finding(type_, _FALSE, Reason.BELOW_WARNING)
+
+
+def _restarting(progress: Progress) -> Finding:
+    type_ = WorkloadCondition.RESTARTING
+    running = [
+        f"{one.name} ({open_attempt(one.status).method} of {one.spec.pod.name})"
+        for one in progress.restarts
+        if is_active(one.status)
+    ]
+    if running:
+        return Finding(type_, _TRUE, Reason.RESTARTING, name_some(running))
+    return Finding(type_, _FALSE, Reason.NOT_RESTARTING)
+
+
+def _restart_blocked(progress: Progress) -> Finding:
+    type_ = WorkloadCondition.RESTART_BLOCKED
+    waiting = sorted(
+        (one for one in progress.blocked if one.reason is not Reason.PENDING),
+        key=lambda one: (one.restart, one.pod),
+    )
+    if not waiting:
+        return Finding(type_, _FALSE, Reason.NOT_BLOCKED)
+    first = waiting[0]
+    more = f" (and {len(waiting) - 1} more)" if len(waiting) > 1 else ""
+    return Finding(
+        type_, _TRUE, first.reason, f"{first.restart or first.pod}: {first.message}{more}"
+    )
+
+
+def _degraded(visit: Visit, progress: Progress) -> Finding:
+    type_ = WorkloadCondition.DEGRADED
+    if progress.failures < visit.policy.max_consecutive_failures:
+        return Finding(type_, _FALSE, Reason.HEALTHY)
+    message = (
+        f"{visit.policy.max_consecutive_failures} restarts in a row did not help: no further "
+        "residual restart until one helps or the spec changes"
+    )
+    return Finding(type_, _TRUE, Reason.RESTARTS_DO_NOT_HELP, message)

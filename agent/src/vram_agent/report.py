@@ -1,0 +1,109 @@
+"""``vram-agent report``: a running agent's report, for a person or for a program.
+
+Why it exists: one look at a pod without a JSON tool. Called by ``__main__``. It reads one URL and
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+
+import msgspec
+
+from vram_agent.protocol import Report
+
+_TIMEOUT_SECONDS = 10.0
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def report_command(url: str, output: str) -> int:
+    """Print the report of the agent at ``url``; 1 when there is none to be had."""
+    address = url.rstrip("/")
+    if not address.startswith(("http://", "https://")):
+        address = f"http://{address}"
+    if not address.endswith("/report"):
+        address += "/report"
+    try:
+        with urllib.request.urlopen(address, timeout=_TIMEOUT_SECONDS) as answer:  # noqa: S310
+            body = answer.read()
+        report = msgspec.json.decode(body, type=Report)
+    except (OSError, urllib.error.URLError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        print(f"no report from {address}: {reason}", file=sys.stderr)
+        return 1
+    if output == "json":
+        sys.stdout.write(msgspec.json.format(body, indent=2).decode() + "\n")
+    else:
+        print(format_report(report))
+    return 0
+
+
+def format_report(report: Report) -> str:
+    """Return the report as tables."""
+    agent, memory = report.agent, report.memory
+    where = "/".join(filter(None, (agent.pod.namespace, agent.pod.name)))
+    doing = f"idle since {report.idle_since}" if report.idle else "busy"
+    draining = "  draining" if report.draining else ""
+    head = f"agent {agent.version} {agent.mode} {where}".rstrip()
+    lines = [f"{head}  boot {agent.boot_id[:8]} epoch {agent.epoch}  {doing}{draining}"]
+    lines.append(
+        f"memory ({memory.source}): used {format_bytes(memory.used_bytes)}, "
+        f"models {format_bytes(memory.model_bytes)}, "
+        f"residual {format_bytes(memory.residual_bytes)}, "
+        f"host {format_bytes(memory.host_bytes)}"
+    )
+    if report.action is not None:
+        action = report.action
+        lines.append(
+            f"action {action.step} {action.restart_id}: {action.state} {action.message}".rstrip()
+        )
+    devices = [
+        (
+            device.kind.value,
+            device.uuid,
+            format_bytes(device.used_bytes),
+            format_bytes(device.total_bytes),
+            "yes" if device.exclusive else "no",
+        )
+        for device in report.devices
+    ]
+    models = [
+        (
+            model.name,
+            model.runtime.value,
+            model.state.value,
+            model.tier.value,
+            format_bytes(model.vram_bytes),
+            format_bytes(model.host_bytes),
+            str(model.in_flight),
+            str(model.queued),
+            model.last_used_at or "-",
+            model.error or "",
+        )
+        for model in report.models
+    ]
+    lines += ["", *_table(("DEVICE", "UUID", "USED", "TOTAL", "EXCLUSIVE"), devices)]
+    heads = ("MODEL", "RUNTIME", "STATE", "TIER", "VRAM", "HOST", "RUNNING", "QUEUED", "USED AT")
+    lines += ["", *_table((*heads, "ERROR"), models)]
+    return "\n".join(lines)
+
+
+def format_bytes(number_of_bytes: int) -> str:
+    """Return bytes with three significant digits and a binary unit."""
+    value = float(number_of_bytes)
+    for unit in _UNITS:
+        if value < 1024 or unit == _UNITS[-1]:
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.3g} {unit}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (heads, *rows)
+    ]

@@ -1,0 +1,155 @@
+"""``vram-agent serve``: the composition root of an agent that hosts models.
+
+Why it exists: the one place that knows every part. HTTP listens before the devices are looked at,
+since a driver may take seconds and a pod should be ready in less than one; requests that come
+before wait in their queues. Called by ``__main__``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import structlog
+
+from vram_agent import __version__
+from vram_agent.backend import Backend
+from vram_agent.config import (
+    ConfigError,
+    Settings,
+    config_from_flags,
+    load_config,
+    with_overrides,
+)
+from vram_agent.errors import AgentError
+from vram_agent.logs import configure_logs, default_format
+from vram_agent.metrics import AgentMetrics
+from vram_agent.protocol import AgentConfig, DevicePreference
+from vram_agent.serving.app import ListenError, start_servers
+from vram_agent.supervision.journal import FileJournal
+from vram_agent.supervision.ports import LoopClock, Surroundings
+from vram_agent.supervision.reaper import keep_reaping
+from vram_agent.supervisor import Supervisor
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_log = structlog.get_logger("vram_agent.serve")
+
+
+def serve_command(options: argparse.Namespace) -> int:
+    """Serve until told to stop; 0 after a drain, 1 after a fault, 2 for an invalid config."""
+    configure_logs(options.log_format or default_format())
+    try:
+        config = _read_config(options)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return asyncio.run(serve(config, Settings.from_environment(os.environ)))
+
+
+async def serve(config: AgentConfig, settings: Settings) -> int:
+    """Serve until a signal or a ``restart`` has drained the agent; return the exit status."""
+    stopping = _Stopping()
+    metrics = AgentMetrics(__version__)
+    supervisor = Supervisor(
+        config,
+        Surroundings(
+            clock=LoopClock(),
+            observer=metrics,
+            journal=FileJournal(settings.state_directory),
+            pod=settings.pod,
+            version=__version__,
+            host_limit_bytes=read_memory_limit(),
+        ),
+    )
+    try:
+        servers = await start_servers(supervisor, config, settings.pod, metrics)
+    except ListenError as error:
+        print(error, file=sys.stderr)
+        await supervisor.close()
+        return 1
+    _log.info(
+        "ready",
+        serving=servers.serving_address,
+        control=servers.control_address,
+        models=len(config.models),
+    )
+    reaper = asyncio.create_task(keep_reaping())
+    status = 0
+    try:
+        supervisor.attach(await connect(config.device))
+        await _wait_for_end(supervisor, stopping)
+        _log.info("draining", grace_seconds=config.drain.grace_seconds, cause=stopping.cause)
+        cut = await supervisor.stop(config.drain.grace_seconds)
+        if cut:
+            _log.warning("cut", requests=cut)
+    except AgentError as error:
+        # No device as asked for: what serves nothing must not look alive.
+        _log.error("cannot serve", error=error.message)
+        status = 1
+    finally:
+        reaper.cancel()
+        await servers.close()
+        await supervisor.close()
+    _log.info("stopped", status=status)
+    return status
+
+
+async def connect(preference: DevicePreference) -> Backend:
+    """Look at the devices, in a thread since drivers block, and make the process backend."""
+    from vram_agent.devices import select_device  # noqa: PLC0415 - see the module docstring
+    from vram_agent.processes.group import ProcessBackend  # noqa: PLC0415
+
+    return ProcessBackend(await asyncio.to_thread(select_device, preference))
+
+
+def read_memory_limit(path: Path = _CGROUP_LIMIT) -> int | None:
+    """Return the container's memory limit; None where there is none or it cannot be read."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+class _Stopping:
+    """SIGTERM and SIGINT as an event."""
+
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
+        self.cause = "restart"
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._note, number)
+
+    def _note(self, number: signal.Signals) -> None:
+        self.cause = number.name
+        self.event.set()
+
+
+async def _wait_for_end(supervisor: Supervisor, stopping: _Stopping) -> None:
+    waits = [
+        asyncio.create_task(stopping.event.wait()),
+        asyncio.create_task(supervisor.wait_exit()),
+    ]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
+def _read_config(options: argparse.Namespace) -> AgentConfig:
+    if options.config is not None and options.model:
+        raise ConfigError(["--config and --model: give one of them"])
+    if options.config is None and not options.model:
+        raise ConfigError(["serve: give --config FILE, or --model NAME=RUNTIME:SOURCE"])
+    config = (
+        load_config(options.config)
+        if options.config is not None
+        else config_from_flags(options.model)
+    )
+    return with_overrides(config, options.device, options.listen_serving, options.listen_control)

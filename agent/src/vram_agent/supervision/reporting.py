@@ -1,0 +1,126 @@
+"""The report: what the agent says of itself, measured at the moment of the call.
+
+Why it exists: operator, metrics and ``vram-agent report`` read one structure. Called by the
+supervisor. It reads cells and processes and changes nothing but its own sequence number.
+"""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+from vram_agent.backend import Backend
+from vram_agent.core.residual import MemorySamples, ProcessSample, compute_memory_report
+from vram_agent.protocol import (
+    ActionReport,
+    AgentIdentity,
+    DeviceReport,
+    MemoryReport,
+    ModelReport,
+    ModelState,
+    Report,
+    ResidualSource,
+    Tier,
+)
+from vram_agent.serving.base import ModelView
+from vram_agent.supervision.fleet import Fleet, ModelCell
+from vram_agent.supervision.ports import Surroundings, format_time
+
+
+class Reporter:
+    """Writes reports. ``boot_id`` is new in each instance, that is in each process."""
+
+    def __init__(self, fleet: Fleet, surroundings: Surroundings) -> None:
+        self._fleet = fleet
+        self._surroundings = surroundings
+        self._started_at = format_time(surroundings.clock.now())
+        self._sequence = 0
+        self._idle_since: str | None = self._started_at
+        self.boot_id = uuid4().hex
+        self.epoch = 0
+        self.backend: Backend | None = None
+
+    def note_activity(self, *, is_idle: bool) -> None:
+        """Remember since when nothing waits, runs or moves."""
+        if not is_idle:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = format_time(self._surroundings.clock.now())
+
+    def write(self, *, is_draining: bool, action: ActionReport | None) -> Report:
+        """Measure and return the report."""
+        self._sequence += 1
+        devices = [] if self.backend is None else self.backend.devices()
+        return Report(
+            agent=AgentIdentity(
+                version=self._surroundings.version,
+                mode=self._surroundings.mode,
+                boot_id=self.boot_id,
+                epoch=self.epoch,
+                started_at=self._started_at,
+                pod=self._surroundings.pod,
+            ),
+            sequence=self._sequence,
+            observed_at=format_time(self._surroundings.clock.now()),
+            config_generation=self._fleet.config.metadata.generation,
+            devices=devices,
+            memory=self._memory(devices),
+            models=[model_report(cell) for cell in self._fleet.listed()],
+            idle=self._idle_since is not None,
+            idle_since=self._idle_since,
+            draining=is_draining,
+            action=action,
+        )
+
+    def _memory(self, devices: list[DeviceReport]) -> MemoryReport:
+        backend = self.backend
+        if backend is None:
+            return compute_memory_report(MemorySamples(source=ResidualSource.UNKNOWN))
+        processes: list[ProcessSample] = []
+        host_bytes = 0
+        for group in self._fleet.groups.values():
+            if group.backend is None:
+                continue
+            memory = group.backend.memory()
+            host_bytes += memory.host_bytes
+            processes.append(
+                ProcessSample(
+                    device_bytes=memory.device_bytes,
+                    model_bytes=sum(m.vram_bytes for m in self._fleet.members(group)),
+                    live_tensor_bytes=memory.live_tensor_bytes,
+                    allocator_cache_bytes=memory.allocator_cache_bytes,
+                    runtime_arena_bytes=memory.runtime_arena_bytes,
+                    context_bytes=memory.context_bytes,
+                )
+            )
+        return compute_memory_report(
+            MemorySamples(
+                source=backend.residual_source(),
+                device_used_bytes=sum(device.used_bytes for device in devices),
+                baseline_bytes=backend.device_baseline_bytes(),
+                processes=processes,
+                host_bytes=host_bytes,
+            )
+        )
+
+
+def model_report(cell: ModelCell) -> ModelReport:
+    """Return one model's part of the report."""
+    is_in_host_memory = cell.residence.tier is not Tier.DISK and cell.loaded is not None
+    return ModelReport(
+        name=cell.name,
+        runtime=cell.spec.runtime,
+        state=cell.residence.state,
+        tier=cell.residence.tier,
+        vram_bytes=cell.vram_bytes,
+        host_bytes=cell.loaded.weight_bytes if is_in_host_memory and cell.loaded else 0,
+        in_flight=1 if cell.running is not None else 0,
+        queued=len(cell.queue),
+        last_used_at=cell.last_used_wall,
+        last_transition=cell.last_transition,
+        error=cell.error if cell.residence.state is ModelState.FAILED else None,
+    )
+
+
+def model_view(cell: ModelCell) -> ModelView:
+    """Return a model as a client sees it."""
+    return ModelView(spec=cell.spec, report=model_report(cell), loaded=cell.loaded)

@@ -1,0 +1,144 @@
+"""Requests from their arrival to their answer: queues, places given up, leases.
+
+Why it exists: whatever happens to models and processes, each accepted request gets exactly one
+answer, and none waits in more than one place. Called by the supervisor on its loop. It knows no
+residence and moves no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterable
+
+from vram_agent.backend import Task, TaskResult
+from vram_agent.errors import AgentError, QueueFullError, QueueTimeoutError
+from vram_agent.supervision.effects import TaskOutcome
+from vram_agent.supervision.fleet import Fleet, ModelCell, Waiting
+from vram_agent.supervision.ports import Surroundings, format_time
+
+DEFAULT_TASK_SECONDS = 1.0
+_WEIGHT_OF_LAST = 0.3
+
+
+class Requests:
+    """The queues of all models. A request is in its model's queue, or running, or answered."""
+
+    def __init__(self, fleet: Fleet, surroundings: Surroundings) -> None:
+        self._fleet = fleet
+        self._clock = surroundings.clock
+        self._observer = surroundings.observer
+        self._numbers = itertools.count(1)
+
+    def enqueue(self, cell: ModelCell, task: Task, keep_alive_seconds: float | None) -> Waiting:
+        """Give a request its place. Raises QueueFullError with the time until a place is free."""
+        policy = self._fleet.config.queue
+        if len(cell.queue) >= policy.max_depth:
+            raise QueueFullError(
+                f"{len(cell.queue)} requests wait for model {cell.name}, "
+                f"queue.maxDepth is {policy.max_depth}; try again later",
+                retry_after_seconds=self.retry_after_seconds(cell),
+            )
+        loop = asyncio.get_running_loop()
+        waiting = Waiting(
+            number=next(self._numbers),
+            task=task,
+            answer=loop.create_future(),
+            arrived_at=self._clock.monotonic(),
+            keep_alive_seconds=keep_alive_seconds,
+        )
+        waiting.timer = loop.call_later(policy.timeout_seconds, self._expire, cell, waiting)
+        cell.queue[waiting.number] = waiting
+        return waiting
+
+    def retry_after_seconds(self, cell: ModelCell) -> float:
+        """When a place in a full queue is likely: one task's mean time, at least a second."""
+        return max(1.0, cell.task_seconds or DEFAULT_TASK_SECONDS)
+
+    def give_up(self, cell: ModelCell, waiting: Waiting) -> None:
+        """The caller has gone: free the place, or drop the answer of the task that runs."""
+        self._leave(cell, waiting)
+        if not waiting.answer.done():
+            waiting.answer.cancel()
+
+    def start(self, cell: ModelCell) -> Waiting:
+        """Take the first request out of the queue and lease the model to it."""
+        _, waiting = cell.queue.popitem(last=False)
+        self._stop_timer(waiting)
+        cell.running = waiting
+        cell.group.running = cell
+        cell.last_run = next(self._numbers)
+        self._observer.observe_queue_wait(cell.name, self._clock.monotonic() - waiting.arrived_at)
+        return waiting
+
+    def finish(self, cell: ModelCell, waiting: Waiting, outcome: TaskOutcome) -> None:
+        """Give the lease back and answer."""
+        cell.running = None
+        cell.group.running = None
+        cell.last_used_at = self._clock.monotonic()
+        cell.last_used_wall = format_time(self._clock.now())
+        cell.keep_alive_seconds = waiting.keep_alive_seconds
+        if outcome.error is None:
+            mean = outcome.seconds if cell.task_seconds is None else cell.task_seconds
+            cell.task_seconds = mean + _WEIGHT_OF_LAST * (outcome.seconds - mean)
+        self._answer(waiting, outcome.result, outcome.error)
+
+    def put_back(self, cell: ModelCell, waiting: Waiting) -> None:
+        """Give a task that never began its place at the head of the queue again."""
+        cell.running = None
+        cell.group.running = None
+        if waiting.answer.done():
+            return
+        cell.queue[waiting.number] = waiting
+        cell.queue.move_to_end(waiting.number, last=False)
+        policy = self._fleet.config.queue
+        left = waiting.arrived_at + policy.timeout_seconds - self._clock.monotonic()
+        loop = asyncio.get_running_loop()
+        waiting.timer = loop.call_later(max(0.0, left), self._expire, cell, waiting)
+
+    def refuse_all(self, cell: ModelCell, error: AgentError) -> int:
+        """Answer every waiting request with the error; return how many there were."""
+        waiting = list(cell.queue.values())
+        for request in waiting:
+            self._leave(cell, request)
+            self._answer(request, None, error)
+        return len(waiting)
+
+    def cut_running(self, cells: Iterable[ModelCell], error: AgentError) -> None:
+        """Answer the requests that run now; their leases end when their tasks do."""
+        for cell in cells:
+            if cell.running is not None:
+                self._answer(cell.running, None, error)
+
+    def _expire(self, cell: ModelCell, waiting: Waiting) -> None:
+        self._leave(cell, waiting)
+        seconds = self._fleet.config.queue.timeout_seconds
+        error = QueueTimeoutError(
+            f"the request waited longer than queue.timeoutSeconds ({seconds}) "
+            f"for model {cell.name} ({cell.residence})",
+            retry_after_seconds=self.retry_after_seconds(cell),
+        )
+        self._answer(waiting, None, error)
+
+    def _leave(self, cell: ModelCell, waiting: Waiting) -> None:
+        self._stop_timer(waiting)
+        cell.queue.pop(waiting.number, None)
+
+    def _stop_timer(self, waiting: Waiting) -> None:
+        if waiting.timer is not None:
+            waiting.timer.cancel()
+            waiting.timer = None
+
+    def _answer(
+        self, waiting: Waiting, result: TaskResult | None, error: AgentError | None
+    ) -> None:
+        if waiting.answer.done():
+            return
+        if error is not None:
+            # Each waiter gets an exception of its own: a shared one would grow by a traceback each.
+            copy = type(error)(error.message)
+            copy.retry_after_seconds = error.retry_after_seconds
+            copy.__cause__ = error.__cause__
+            waiting.answer.set_exception(copy)
+        elif result is not None:
+            waiting.answer.set_result(result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vram_agent.protocol import ModelState, Report
 
@@ -14,7 +14,7 @@ from demo.pod import Forward, Pod, wait_for
 from tests import cluster, models
 from tests.cluster import build
 from tests.cluster.images import Image
-from tests.support.project_images import chart_values, project_image
+from tests.support.project_images import NAMES, chart_values, project_image
 
 DIRECTORY = Path(".cluster")
 OPERATOR_NAMESPACE = "vram-system"
@@ -65,8 +65,7 @@ class Story:
             print(self._cluster.kubectl("get", "nodes"), end="")
 
     def _build_and_load_images(self) -> None:
-        names: tuple[Literal["operator", "agent"], ...] = ("operator", "agent")
-        for name in names:
+        for name in NAMES:
             with self._steps.step(f"the {name}'s image, built from Dockerfile.{name}") as step:
                 image = project_image(name)
                 size = mebibytes(image.archive.stat().st_size)

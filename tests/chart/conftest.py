@@ -46,7 +46,8 @@ class Helm:
             values_file.write_text(json.dumps(values))
             command.append(f"--values={values_file}")
         # Nothing of the user's helm, and no cluster unless it is named.
-        environment = {"HELM_CONFIG_HOME": str(self.home), "HELM_CACHE_HOME": str(self.home)}
+        places = ("HOME", "HELM_CONFIG_HOME", "HELM_CACHE_HOME")
+        environment = dict.fromkeys(places, str(self.home))
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
             raise HelmError(f"helm {' '.join(arguments)}: {done.stderr.strip()}")

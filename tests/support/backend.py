@@ -70,6 +70,7 @@ class FakeGroup:
         self.template_pid: int | None = None
         self.gpu_pid: int | None = None
         self.is_closed = False
+        self.device = 0
         self.transitions = 0
         self.runs = 0
         self.died = asyncio.Event()
@@ -83,6 +84,7 @@ class FakeGroup:
         async with self._transition("load", spec.name):
             weights = self.backend.script.weights.get(spec.name, GIB)
             self.template_pid = self.template_pid or next(self.backend.pids)
+            self.device = int(spec.device or 0)
             self.loaded[spec.name] = LoadedModel(
                 name=spec.name, weight_bytes=weights, tasks=frozenset({TaskKind.INFER})
             )
@@ -217,21 +219,24 @@ class _Transition:
         group.backend.record(self.call, self.model)
         group.transitions += 1
         try:
-            died = group.died
-            seconds = group._seconds(self.call)  # noqa: SLF001
-            if seconds:
-                try:
-                    async with asyncio.timeout(seconds):
-                        await died.wait()
-                except TimeoutError:
-                    pass
-                else:
-                    raise WorkerDiedError(f"a process died during {self.call} of {self.model}")
-            if error := group.backend.script.take_failure(self.call, self.model):
-                raise error
+            await self._pass_time()
         except BaseException:
             group.transitions -= 1
             raise
+
+    async def _pass_time(self) -> None:
+        group = self.group
+        died = group.died
+        if seconds := group._seconds(self.call):
+            try:
+                async with asyncio.timeout(seconds):
+                    await died.wait()
+            except TimeoutError:
+                pass
+            else:
+                raise WorkerDiedError(f"a process died during {self.call} of {self.model}")
+        if error := group.backend.script.take_failure(self.call, self.model):
+            raise error
 
     async def __aexit__(self, *_: object) -> None:
         self.group.transitions -= 1
@@ -256,14 +261,16 @@ class FakeBackend:
         return self.groups[group]
 
     def devices(self) -> list[DeviceReport]:
-        used = sum(g.memory().device_bytes or 0 for g in self.groups.values())
+        used = [self.foreign_bytes] * self.device_count
+        for group in self.groups.values():
+            used[group.device] += group.memory().device_bytes or 0
         return [
             DeviceReport(
                 uuid=f"FAKE-{index}",
                 index=index,
                 kind=DeviceKind.CPU,
                 total_bytes=self.total_bytes,
-                used_bytes=(used if index == 0 else 0) + self.foreign_bytes,
+                used_bytes=used[index],
                 exclusive=True,
             )
             for index in range(self.device_count)

@@ -228,11 +228,11 @@ class Supervisor:
     def _pump(self) -> None:
         """Do what there is to do, and set the timer for what time alone brings."""
         try:
+            self._retire()
             if self._backend is not None and not self._is_frozen:
                 for due in self._scrubs.take_due():
                     self._spawn(self._scrub(*due))
                 self._take_steps(self._backend)
-            self._retire()
         except Exception as fault:
             # Nothing may be half done: say so, and let the liveness probe end this process.
             self._fault = fault

@@ -117,7 +117,8 @@ class ModelFacts:
     arrival: int = 0
     """Number of the oldest waiting request; orders models that were served at the same time."""
     last_used_at: float = 0.0
-    resident_since: float = 0.0
+    resident_since: float = float("-inf")
+    """Lowest for a model that never was: it has its turn first."""
     last_run: int = 0
     """Number of the model's last task; the lowest of a group runs next."""
     turn_seconds: float = 1.0

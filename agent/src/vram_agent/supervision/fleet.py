@@ -99,7 +99,8 @@ class ModelCell:
     restore_deaths: int = 0
     last_used_at: float = 0.0
     last_used_wall: str | None = None
-    resident_since: float = 0.0
+    resident_since: float = float("-inf")
+    """Lowest for a model that never was: it has its turn first."""
     last_run: int = 0
     keep_alive_seconds: float | None = None
     last_transition: Transition | None = None

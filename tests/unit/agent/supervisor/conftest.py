@@ -6,8 +6,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from tests.support.backend import FakeBackend
-
 from vram_agent.backend import Task, TaskKind
 from vram_agent.protocol import (
     ActionReport,
@@ -19,6 +17,8 @@ from vram_agent.protocol import (
 )
 from vram_agent.supervision.ports import LoopClock, Surroundings
 from vram_agent.supervisor import Supervisor
+
+from tests.support.backend import FakeBackend
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -6,9 +6,6 @@ import asyncio
 import tracemalloc
 
 import pytest
-from tests.support.backend import GIB
-from tests.unit.agent.supervisor.conftest import MakeRig, spec
-
 from vram_agent.errors import (
     ModelFailedError,
     NoSuchModelError,
@@ -18,6 +15,9 @@ from vram_agent.errors import (
     TaskFailedError,
 )
 from vram_agent.protocol import ModelState, QueuePolicy, VramPolicy
+
+from tests.support.backend import GIB
+from tests.unit.agent.supervisor.conftest import MakeRig, spec
 
 pytestmark = pytest.mark.looptime
 

@@ -1,0 +1,351 @@
+"""Who holds VRAM: eviction, keep-alive, idle tiers, groups, what comes back late."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from vram_agent.errors import NoVramError
+from vram_agent.protocol import (
+    AfterTask,
+    HostMemoryPolicy,
+    LoadPolicy,
+    OffloadTier,
+    Residency,
+    VramPolicy,
+)
+
+from tests.support.backend import CONTEXT_BYTES, GIB, FakeBackend
+from tests.unit.agent.supervisor.conftest import MakeRig, spec
+
+pytestmark = pytest.mark.looptime
+
+KEEP = Residency(after_task=AfterTask.KEEP, idle_timeout_seconds=0)
+ONE_AT_A_TIME = VramPolicy(budget="1Gi", headroom="0")
+
+
+async def test_two_models_in_a_budget_for_one_take_turns(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a", residency=KEEP), spec("b", residency=KEEP), vram=ONE_AT_A_TIME)
+    rig.backend.script.seconds = {"restore": 0.1, "offload": 0.1, "run": 0.1}
+    await rig.ask("a")
+    assert rig.state("a") == "Resident/VRAM"
+    await rig.ask("b")
+    await rig.settle()
+    assert (rig.state("a"), rig.state("b")) == ("Offloaded/PinnedHost", "Resident/VRAM")
+    assert rig.backend.peak_bytes == GIB
+    assert rig.observer.evictions == [("a", "Evicted")]
+
+
+async def test_requests_for_both_models_at_once_are_all_served_and_swaps_stay_few(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a", residency=KEEP), spec("b", residency=KEEP), vram=ONE_AT_A_TIME)
+    rig.backend.script.seconds = {"restore": 0.1, "offload": 0.1, "run": 0.1}
+    await asyncio.gather(*(rig.ask(name) for _ in range(30) for name in "ab"))
+    assert rig.backend.peak_bytes == GIB
+    # 60 tasks of 0.1 s in turns of a second: about six turns.
+    assert rig.backend.count("restore") <= 9
+
+
+async def test_a_waiting_model_is_up_after_one_turn_of_a_busy_one(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a", residency=KEEP), spec("b", residency=KEEP), vram=ONE_AT_A_TIME)
+    rig.backend.script.seconds = {"run": 0.1}
+    many = [rig.ask("a") for _ in range(200)]
+    await rig.settle(0.5)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await rig.ask("b")
+    assert loop.time() - began < 1.5
+    await asyncio.gather(*many)
+
+
+async def test_a_model_is_never_evicted_while_a_task_runs_on_it(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a", residency=KEEP), spec("b", residency=KEEP), vram=ONE_AT_A_TIME)
+    long = rig.ask("a", seconds=30.0)
+    await rig.settle(5)
+    other = rig.ask("b")
+    await rig.settle(20)
+    assert rig.state("a") == "Resident/VRAM"
+    assert not other.done()
+    await long
+    assert await other
+
+
+async def test_a_request_waits_for_memory_of_a_model_that_is_leaving_and_evicts_no_other(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(
+        spec("a"),
+        spec("b", residency=KEEP),
+        spec("c"),
+        vram=VramPolicy(budget="2Gi", headroom="0"),
+    )
+    rig.backend.script.seconds = {"offload": 5.0}
+    await rig.ask("b")
+    await rig.ask("a")
+    assert rig.state("a") == "Offloading/VRAM"
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    assert await rig.ask("c")
+    assert loop.time() - began == pytest.approx(5.0, abs=0.01)
+    assert rig.state("b") == "Resident/VRAM"
+    assert rig.observer.evictions == []
+
+
+async def test_the_budget_binds_on_the_larger_of_declared_and_measured_bytes(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(
+        spec("declared", vram="2Gi", residency=KEEP),
+        spec("measured", vram="1Gi", residency=KEEP),
+        spec("c", residency=KEEP),
+        vram=VramPolicy(budget="4Gi", headroom="0"),
+    )
+    rig.backend.script.vram = {"declared": GIB, "measured": 2 * GIB, "c": GIB}
+    await rig.ask("declared")
+    await rig.ask("measured")
+    await rig.ask("c")
+    assert rig.observer.evictions == [("declared", "Evicted")]
+
+
+@pytest.mark.parametrize(
+    ("keep", "after", "later"),
+    [
+        pytest.param(0, "Offloaded/PinnedHost", "Offloaded/PinnedHost", id="zero offloads at once"),
+        pytest.param(-1, "Resident/VRAM", "Resident/VRAM", id="minus one keeps"),
+        pytest.param(5, "Resident/VRAM", "Offloaded/PinnedHost", id="five keeps for five seconds"),
+        pytest.param(None, "Resident/VRAM", "Resident/VRAM", id="none leaves it to the spec"),
+    ],
+)
+async def test_keep_alive_overrides_after_task(
+    make_rig: MakeRig, keep: float | None, after: str, later: str
+) -> None:
+    rig = make_rig(spec("a", residency=KEEP))
+    await rig.ask("a", keep=keep)
+    await rig.settle(1)
+    assert rig.state("a") == after
+    await rig.settle(10)
+    assert rig.state("a") == later
+
+
+async def test_an_idle_model_sinks_to_its_idle_tier_and_comes_back(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a", stay={"idle_timeout_seconds": 600}))
+    await rig.ask("a")
+    await rig.settle(599)
+    assert rig.state("a") == "Offloaded/PinnedHost"
+    await rig.settle(2)
+    assert rig.state("a") == "Offloaded/Host"
+    assert rig.backend.groups["a"].gpu_pid is None
+    assert await rig.ask("a")
+    assert rig.backend.count("load") == 1
+
+
+@pytest.mark.parametrize(
+    ("tier", "state"),
+    [
+        pytest.param("PinnedHost", "Offloaded/PinnedHost", id="PinnedHost keeps the process"),
+        pytest.param("Host", "Offloaded/Host", id="Host ends the GPU process"),
+        pytest.param("Disk", "Absent/Disk", id="Disk keeps nothing"),
+    ],
+)
+async def test_after_a_task_a_model_goes_to_its_offload_tier(
+    make_rig: MakeRig, tier: str, state: str
+) -> None:
+    rig = make_rig(spec("a", stay={"offload_tier": OffloadTier(tier)}))
+    await rig.ask("a")
+    await rig.settle(1)
+    assert rig.state("a") == state
+    assert await rig.ask("a")
+
+
+async def test_while_a_mate_needs_the_gpu_process_a_model_only_leaves_vram(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(
+        spec("a", group="g", stay={"offload_tier": OffloadTier.HOST}),
+        spec("b", group="g", residency=KEEP),
+    )
+    await rig.supervisor.load("b")
+    await rig.settle()
+    await rig.ask("a")  # loading ends the process; b comes back at its next request
+    await rig.ask("b")
+    await rig.ask("a")
+    await rig.settle(1)
+    assert (rig.state("a"), rig.state("b")) == ("Offloaded/PinnedHost", "Resident/VRAM")
+    await rig.supervisor.offload("b", OffloadTier.HOST)
+    await rig.settle(1)
+    assert (rig.state("a"), rig.state("b")) == ("Offloaded/Host", "Offloaded/Host")
+
+
+async def test_loading_into_a_live_group_ends_its_gpu_process_once_its_task_is_done(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a", group="g", residency=KEEP), spec("b", group="g", residency=KEEP))
+    task = rig.ask("a", seconds=10.0)
+    await rig.settle(1)
+    other = rig.ask("b")
+    await rig.settle(5)
+    assert not task.done()
+    assert (await task).values["model"] == "a"
+    await other
+    calls = rig.backend.calls
+    assert calls.index(("end_gpu", "group:g")) > calls.index(("run", "a"))
+
+
+async def test_a_new_model_of_a_busy_group_is_not_starved(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a", group="g", residency=KEEP), spec("b", group="g", residency=KEEP))
+    rig.backend.script.seconds = {"run": 0.1, "load": 0.1}
+    many = [rig.ask("a") for _ in range(100)]
+    await rig.settle(1)
+    await asyncio.wait_for(rig.ask("b"), 2)
+    await asyncio.gather(*many)
+
+
+async def test_eager_models_are_up_at_the_start_and_never_evict_each_other(
+    make_rig: MakeRig,
+) -> None:
+    eager = Residency(load=LoadPolicy.EAGER, after_task=AfterTask.KEEP)
+    rig = make_rig(spec("a", residency=eager), spec("b", residency=eager), vram=ONE_AT_A_TIME)
+    await rig.settle(1)
+    assert rig.state("a") == "Resident/VRAM"
+    assert rig.state("b") == "Offloaded/Host"
+    assert rig.observer.evictions == []
+    assert rig.supervisor.report().idle
+
+
+async def test_an_eager_model_that_fails_is_failed_at_the_start(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a", residency=Residency(load=LoadPolicy.EAGER)), attach=False)
+    rig.backend.script.fail("load", "a", OSError("no such file"))
+    rig.attach()
+    await rig.settle(1)
+    assert rig.state("a") == "Failed/Disk"
+    assert rig.supervisor.model("a").report.error == "OSError: no such file"
+
+
+async def test_a_model_loaded_by_hand_stays_and_one_unloaded_by_hand_loads_again(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a"))
+    report = await rig.supervisor.load("a")
+    assert (report.state, report.vram_bytes) == ("Resident", GIB)
+    await rig.settle(10)
+    assert rig.state("a") == "Resident/VRAM"
+    report = await rig.supervisor.unload("a")
+    assert (report.state, report.tier, report.vram_bytes) == ("Absent", "Disk", 0)
+    assert await rig.ask("a")
+
+
+async def test_unload_waits_for_the_task_that_runs(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a"))
+    task = rig.ask("a", seconds=5.0)
+    await rig.settle(1)
+    unloading = asyncio.ensure_future(rig.supervisor.unload("a"))
+    await rig.settle(1)
+    assert not unloading.done()
+    assert await task
+    assert (await unloading).state == "Absent"
+
+
+async def test_memory_of_strangers_is_waited_for_and_then_named(make_rig: MakeRig) -> None:
+    make_rig.backend = FakeBackend(total_bytes=4 * GIB)
+    make_rig.backend.foreign_bytes = 3 * GIB
+    rig = make_rig(spec("a", vram="2Gi"), vram=VramPolicy(headroom="0"))
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(NoVramError, match=rf"needs {2 * GIB} bytes.*{GIB} are free") as caught:
+        await rig.ask("a")
+    assert loop.time() - began == pytest.approx(5.0, abs=0.3)
+    assert caught.value.retry_after_seconds
+    assert rig.state("a").startswith("Offloaded")
+    rig.backend.foreign_bytes = 0
+    assert await rig.ask("a")
+
+
+async def test_memory_of_strangers_that_comes_back_in_time_costs_no_request(
+    make_rig: MakeRig,
+) -> None:
+    make_rig.backend = FakeBackend(total_bytes=4 * GIB)
+    make_rig.backend.foreign_bytes = 3 * GIB
+    rig = make_rig(spec("a", vram="2Gi"), vram=VramPolicy(headroom="0"))
+    request = rig.ask("a")
+    await rig.settle(3)
+    rig.backend.foreign_bytes = 0
+    assert await request
+
+
+async def test_a_device_that_is_out_of_memory_after_all_makes_the_policy_free_more(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a", residency=KEEP), spec("b", residency=KEEP))
+    await rig.ask("a")
+    rig.backend.script.fail("restore", "b", NoVramError("CUDA out of memory"))
+    assert await rig.ask("b")
+    assert rig.observer.evictions == [("a", "Evicted")]
+    assert rig.backend.count("restore", "b") == 2
+
+
+async def test_an_idle_process_that_only_holds_a_context_is_ended_for_another_model(
+    make_rig: MakeRig,
+) -> None:
+    make_rig.backend = FakeBackend(total_bytes=GIB + CONTEXT_BYTES // 2)
+    rig = make_rig(spec("a"), spec("b"), vram=VramPolicy(headroom="0"))
+    await rig.ask("a")
+    await rig.settle(1)
+    assert rig.state("a") == "Offloaded/PinnedHost"
+    assert await rig.ask("b")
+    assert rig.state("a") == "Offloaded/Host"
+
+
+async def test_the_host_budget_unloads_what_is_unused(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a"), spec("b"), host_memory=HostMemoryPolicy(budget="1Gi"))
+    await rig.ask("a")
+    await rig.settle(1)
+    await rig.ask("b")
+    await rig.settle(1)
+    assert (rig.state("a"), rig.state("b")) == ("Absent/Disk", "Offloaded/PinnedHost")
+    await rig.ask("a")
+    await rig.settle(1)
+    assert (rig.state("a"), rig.state("b")) == ("Offloaded/PinnedHost", "Absent/Disk")
+
+
+async def test_models_are_placed_where_most_is_free_or_where_they_say(make_rig: MakeRig) -> None:
+    make_rig.backend = FakeBackend(total_bytes=3 * GIB, devices=2)
+    rig = make_rig(
+        spec("a", residency=KEEP),
+        spec("b", residency=KEEP),
+        spec("c", device="0", residency=KEEP),
+        vram=VramPolicy(headroom="0"),
+    )
+    for name in "abc":
+        await rig.ask(name)
+    charges = rig.supervisor._fleet.vram.charges
+    assert {charges["a"].device, charges["b"].device} == {"FAKE-0", "FAKE-1"}
+    assert charges["c"].device == "FAKE-0"
+
+
+async def test_scrub_waits_for_the_task_and_leaves_the_model_resident(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a", residency=KEEP))
+    task = rig.ask("a", seconds=5.0)
+    await rig.settle(1)
+    report = await rig.supervisor.scrub()
+    assert task.done()
+    assert rig.backend.count("scrub") == 1
+    assert report.models[0].state == "Resident"
+
+
+async def test_the_report_accounts_for_models_and_residual(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a", residency=KEEP))
+    await rig.ask("a")
+    await rig.settle(1)
+    report = rig.supervisor.report()
+    memory = report.memory
+    assert (memory.used_bytes, memory.model_bytes) == (GIB + CONTEXT_BYTES, GIB)
+    assert memory.residual_bytes == memory.classes.context_and_libraries == CONTEXT_BYTES
+    assert memory.host_bytes == GIB
+    assert report.agent.pod.name == "pod"
+    assert report.observed_at == "2026-01-01T00:00:01.000Z"
+    assert report.idle_since == "2026-01-01T00:00:00.000Z"
+    model = report.models[0]
+    assert model.last_transition is not None
+    assert (model.tier, model.last_transition.kind) == ("VRAM", "restore")
+    assert rig.supervisor.report().sequence == report.sequence + 1

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 import jwt
 import msgspec
@@ -227,7 +228,7 @@ class FakeAgent:
             raise ValueError("the token is spent")
         self._spent.add(claims["jti"])
 
-    def _decoded(self, token: str) -> dict[str, object]:
+    def _decoded(self, token: str) -> dict[str, Any]:
         failure: Exception = ValueError("there is no public key")
         for part in self.public_keys().split(_END):
             if part.strip():

@@ -32,6 +32,7 @@ from vram_operator.settings import Settings
 from vram_operator.signing import Signer, ensure_signer
 
 RECONCILE_WORKERS = 8
+FIRST_REPORTS_SECONDS = 5.0
 
 _log = structlog.get_logger(__name__)
 
@@ -117,8 +118,7 @@ class Acting:
         )
         await retried("list everything", self._resync)
         self.is_synced = True
-        for pod in self._cache.every(PODS):
-            self._poller.notice(pod)
+        await self._poller.ask_all(FIRST_REPORTS_SECONDS)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._queue.run(RECONCILE_WORKERS))
             group.create_task(self._poller.run())

@@ -40,7 +40,7 @@ class WatchHealth:
         self._expected = expected
         self._streams: dict[str, _Stream] = {}
         self._lock = threading.Lock()
-        self._was_fresh = True
+        self._was_fresh: bool | None = None
 
     def observe(self, traffic: Traffic) -> None:
         """Take note of a watch that was opened."""
@@ -54,9 +54,10 @@ class WatchHealth:
         found = self._problem()
         if found and self._was_fresh:
             _log.warning("watches are stale; retrying", problem=found)
-        elif not found and not self._was_fresh:
+        elif not found and self._was_fresh is False:
             _log.info("watches are alive again")
-        self._was_fresh = not found
+        if not found or self._was_fresh is not None:
+            self._was_fresh = not found
         return found
 
     def _problem(self) -> str:

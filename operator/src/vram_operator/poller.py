@@ -7,6 +7,7 @@ from it a third as often, and while a restart of it is open each second.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,6 +95,27 @@ class Poller:
         # The first questions after a start are spread; one that just came up is asked at once.
         spread = 0.0 if known else min(1.0, self._rhythm.interval_seconds / 4)
         self._queue.add_after(place, self._rhythm.jitter() * spread)
+
+    async def ask_all(self, timeout_seconds: float) -> None:
+        """Ask every agent once, so that nobody seems silent who was only not asked yet."""
+        places = [
+            (pod["metadata"]["namespace"], pod["metadata"]["name"])
+            for pod in self._cache.every(PODS)
+        ]
+        places.reverse()
+
+        async def ask() -> None:
+            while places:
+                place = places.pop()
+                self._queue.add_after(place, await self._poll(place) or 0.0)
+
+        tasks = [asyncio.create_task(ask()) for _ in range(min(CONCURRENT_POLLS, len(places)))]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=timeout_seconds)
+            for task in late:
+                task.cancel()
+        for place in places:
+            self._queue.add(place)
 
     async def run(self) -> None:
         """Ask until cancelled."""

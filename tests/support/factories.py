@@ -1,6 +1,6 @@
-"""Frozen values of the operator's core for tests: each sensible as it is, each field open to change.
+"""Frozen values of the operator's core for tests: sensible as they are, each field open to change.
 
-The story that they tell by default: workload ``speech`` in namespace ``lab``, one pod on one node,
+By default they tell of workload ``speech`` in namespace ``lab``: one pod on one node,
 accepted and rolled out, its agent quiet with a residual of 1 GiB.
 """
 
@@ -356,7 +356,7 @@ def make_snapshot(**fields: Any) -> Snapshot:
 
 
 def with_objects(snapshot: Snapshot) -> Snapshot:
-    """The snapshot with the trust ConfigMap, and in template mode Service and ConfigMap, applied."""
+    """The snapshot with trust ConfigMap, and in template mode Service and ConfigMap, applied."""
     workload = snapshot.workload
     manifests = [make_trust_config_map(snapshot)]
     if workload.spec.template is not None:

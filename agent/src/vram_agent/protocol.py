@@ -421,11 +421,12 @@ class MemoryReport(_Wire, frozen=True, kw_only=True):
 
 
 class Transition(_Wire, frozen=True, kw_only=True):
-    """The last change of a model's state."""
+    """The last change of a model's state; ``message`` says what was unusual about it."""
 
     kind: str
     seconds: float
     at: str
+    message: str = ""
 
 
 class ModelReport(_Wire, frozen=True, kw_only=True):

@@ -41,12 +41,12 @@ _log = structlog.get_logger("vram_agent.serve")
 
 def serve_command(options: argparse.Namespace) -> int:
     """Serve until told to stop; 0 after a drain, 1 after a fault, 2 for an invalid config."""
-    configure_logs(options.log_format or default_format())
     try:
         config = _read_config(options)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    configure_logs(options.log_format or default_format())
     return asyncio.run(serve(config, Settings.from_environment(os.environ)))
 
 

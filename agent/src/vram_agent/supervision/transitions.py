@@ -196,7 +196,7 @@ class Transitions:
             cell.restore_seconds = outcome.seconds
             cell.resident_since = cell.last_used_at = now
             cell.note_success()
-            self._commit(cell, Event.RESTORED, note)
+            self._commit(cell, Event.RESTORED, note, outcome.moved.message)
             return None
         error = outcome.error or ModelFailedError(f"model {cell.name} was not restored")
         self._release(cell)
@@ -262,10 +262,14 @@ class Transitions:
         cell: ModelCell,
         event: Event,
         note: tuple[Reason, str, float],
-        error: AgentError | None = None,
+        said: AgentError | str | None = None,
     ) -> None:
-        """End a change: residence, charges, report, metric and one line of log."""
+        """End a change: residence, charges, report, metric and one line of log.
+
+        ``said``: the error it ended with, or what was unusual about it.
+        """
         reason, kind, seconds = note
+        message = said.message if isinstance(said, AgentError) else said or ""
         moved_bytes = cell.vram_bytes or (0 if cell.loaded is None else cell.loaded.weight_bytes)
         before = self._origins.pop(cell.name, cell.residence)
         cell.residence = decide_residence(cell.residence, event)
@@ -275,12 +279,16 @@ class Transitions:
             self._fleet.host = self._fleet.host.release(cell.name)
             cell.device = ""
         cell.last_transition = Transition(
-            kind=kind, seconds=round(seconds, 6), at=format_time(self._clock.now())
+            kind=kind,
+            seconds=round(seconds, 6),
+            at=format_time(self._clock.now()),
+            message=message,
         )
-        outcome = "ok" if error is None else "failed"
+        is_failure = isinstance(said, AgentError)
+        outcome = "failed" if is_failure else "ok"
         self._observer.observe_transition(cell.name, kind, seconds, outcome)
-        fields: dict[str, object] = {} if error is None else {"error": error.message}
-        (_log.info if error is None else _log.warning)(
+        fields = {"message": message} if message else {}
+        (_log.warning if is_failure else _log.info)(
             "transition",
             model=cell.name,
             **{"from": str(before), "to": str(cell.residence)},

@@ -250,7 +250,7 @@ async def test_close_ends_every_group(make_rig: MakeRig) -> None:
 
 def changed(rig: Rig, *specs: object, **fields: object) -> AgentConfig:
     config = rig.supervisor._fleet.config
-    return msgspec.structs.replace(config, models=list(specs), **fields)  # type: ignore[arg-type]
+    return msgspec.structs.replace(config, models=list(specs), **fields)
 
 
 async def test_a_new_residency_applies_at_once_and_unloads_nothing(make_rig: MakeRig) -> None:

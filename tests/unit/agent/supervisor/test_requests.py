@@ -53,8 +53,8 @@ async def test_a_model_serves_its_requests_in_the_order_they_came(make_rig: Make
     rig.backend.script.seconds = {"load": 1.0, "run": 0.1}
     done: list[int] = []
     requests = [rig.ask("a", n=n) for n in range(20)]
-    for n, request in enumerate(requests):
-        request.add_done_callback(lambda _, n=n: done.append(n))
+    for request in requests:
+        request.add_done_callback(lambda done_one: done.append(done_one.result().values["n"]))
     await asyncio.gather(*requests)
     assert done == list(range(20))
 

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import msgspec
+import pytest
+from vram_agent import __version__
+from vram_agent.__main__ import main
+from vram_agent.protocol import (
+    ActionReport,
+    ActionState,
+    ActionStep,
+    AgentIdentity,
+    AgentMode,
+    DeviceKind,
+    DeviceReport,
+    MemoryClasses,
+    MemoryReport,
+    ModelReport,
+    ModelState,
+    PodIdentity,
+    Report,
+    ResidualSource,
+    Runtime,
+    Tier,
+)
+from vram_agent.report import format_bytes, format_report
+from vram_agent.serve import read_memory_limit
+from vram_agent.supervision import reaper
+
+GIB = 1 << 30
+REPORT = Report(
+    agent=AgentIdentity(
+        version="0.1.0",
+        mode=AgentMode.SERVE,
+        boot_id="0123456789abcdef",
+        epoch=2,
+        started_at="2026-01-01T00:00:00Z",
+        pod=PodIdentity(namespace="speech", name="pod-1", uid="u"),
+    ),
+    sequence=1,
+    observed_at="2026-01-01T00:00:00Z",
+    config_generation=0,
+    devices=[
+        DeviceReport(
+            uuid="GPU-1",
+            index=0,
+            kind=DeviceKind.CUDA,
+            total_bytes=48 * GIB,
+            used_bytes=GIB,
+            exclusive=True,
+        )
+    ],
+    memory=MemoryReport(
+        source=ResidualSource.EXCLUSIVE,
+        used_bytes=GIB,
+        model_bytes=GIB // 2,
+        residual_bytes=GIB // 2,
+        host_bytes=0,
+        classes=MemoryClasses(),
+    ),
+    models=[
+        ModelReport(
+            name="whisper",
+            runtime=Runtime.WHISPER,
+            state=ModelState.FAILED,
+            tier=Tier.DISK,
+            vram_bytes=0,
+            host_bytes=0,
+            in_flight=0,
+            queued=3,
+            error="no such file",
+        )
+    ],
+    idle=True,
+    idle_since="2026-01-01T00:00:00Z",
+    draining=True,
+    action=ActionReport(
+        restart_id="r1", step=ActionStep.RECYCLE, state=ActionState.DONE, at="2026-01-01T00:00:00Z"
+    ),
+)
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"vram-agent {__version__}\n"
+
+
+def test_validate_answers_0_for_a_good_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("models: [{name: a, runtime: ONNX, source: /m}]")
+    assert main(["validate", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: valid, 1 model\n"
+
+
+def test_validate_answers_2_with_one_line_for_each_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("models: [{name: A, runtime: ONNX}]\nqeue: {}\n")
+    assert main(["validate", str(path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param([], "give --config FILE", id="nothing to serve"),
+        pytest.param(["--model", "a"], "write NAME=RUNTIME:SOURCE", id="half a model"),
+        pytest.param(["--model", "a=ONNX:/m", "--config", "c"], "give one of them", id="both"),
+        pytest.param(
+            ["--model", "a=ONNX:/m", "--listen-control", "x"], "listen.control", id="port"
+        ),
+    ],
+)
+def test_serve_answers_2_for_what_it_cannot_serve(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_report_is_a_table_with_everything_a_person_asks_for() -> None:
+    text = format_report(REPORT)
+    assert "agent 0.1.0 Serve speech/pod-1  boot 01234567 epoch 2" in text
+    assert "memory (Exclusive): used 1 GiB, models 512 MiB, residual 512 MiB, host 0 B" in text
+    assert "draining" in text
+    assert "action Recycle r1: Done" in text
+    row = next(line for line in text.splitlines() if line.startswith("whisper"))
+    assert row.split()[1:4] == ["Whisper", "Failed", "Disk"]
+    assert row.endswith("no such file")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (48 * GIB, "48 GiB")]
+)
+def test_bytes_are_readable(number: int, text: str) -> None:
+    assert format_bytes(number) == text
+
+
+@pytest.fixture
+def report_url() -> Iterator[str]:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = msgspec.json.encode(REPORT)
+            self.send_response(200 if self.path == "/report" else 404)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_report_prints_what_an_agent_answers(
+    report_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", "--url", report_url]) == 0
+    assert "whisper" in capsys.readouterr().out
+    assert main(["report", "--url", report_url, "-o", "json"]) == 0
+    assert msgspec.json.decode(capsys.readouterr().out, type=Report) == REPORT
+
+
+def test_report_answers_1_where_no_agent_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "--url", "http://127.0.0.1:9"]) == 1
+    assert "no report from http://127.0.0.1:9/report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "limit"),
+    [("1073741824\n", GIB), ("max\n", None)],
+    ids=["a limit is read", "max is no limit"],
+)
+def test_the_containers_memory_limit(tmp_path: Path, content: str, limit: int | None) -> None:
+    path = tmp_path / "memory.max"
+    path.write_text(content)
+    assert read_memory_limit(path) == limit
+    assert read_memory_limit(tmp_path / "none") is None
+
+
+def test_the_reaper_takes_an_ended_child_by_its_id_and_no_other() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    living = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert living.stdin is not None
+    while child.pid not in reaper.list_ended_children():
+        pass
+    assert living.pid not in reaper.list_ended_children()
+    assert reaper.reap([child.pid, living.pid]) == [child.pid]
+    assert child.pid not in reaper.list_ended_children()
+    child.wait()
+    living.stdin.close()
+    assert living.wait() == 1
+
+
+def test_nothing_that_serves_imports_a_model_library() -> None:
+    code = (
+        "import sys, vram_agent.serve; "
+        "print([m for m in ('torch', 'onnxruntime', 'numpy', 'yaml') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -76,6 +76,8 @@ class FakeAgent:
     public_keys: Callable[[], str]
     script: Script = field(default_factory=Script)
     on_exit: Callable[[], None] = lambda: None
+    on_call: Callable[[str, str], None] = lambda _when, _path: None
+    """Told ``before`` and ``after`` each verified restart or recycle, with its path."""
     executed: list[Executed] = field(default_factory=list)
     configs: list[AgentConfig] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -176,6 +178,7 @@ class FakeAgent:
 
     async def _recycle(self, request: web.Request) -> web.Response:
         order = msgspec.json.decode(await self._verified(request), type=RestartRequest)
+        self.on_call("before", request.path)
         if self.script.recycle_status != 202:
             return web.json_response({"error": "not here"}, status=self.script.recycle_status)
         if not self._is_known(order.restart_id, ActionStep.RECYCLE):
@@ -183,16 +186,19 @@ class FakeAgent:
             self.epoch += 1
             self.script.residual_bytes = self.script.after_recycle_bytes
             self._note(order.restart_id, ActionStep.RECYCLE, ActionState.DONE)
+        self.on_call("after", request.path)
         return web.json_response({}, status=202)
 
     async def _restart(self, request: web.Request) -> web.Response:
         order = msgspec.json.decode(await self._verified(request), type=RestartRequest)
+        self.on_call("before", request.path)
         if self.script.restart_status != 202:
             return web.json_response({"error": "not here"}, status=self.script.restart_status)
         if not self._is_known(order.restart_id, ActionStep.IN_PLACE):
             self._execute(order.restart_id, ActionStep.IN_PLACE)
             self._note(order.restart_id, ActionStep.IN_PLACE, ActionState.ACTING)
             self.on_exit()
+        self.on_call("after", request.path)
         return web.json_response({}, status=202)
 
     def _is_known(self, restart_id: str, step: ActionStep) -> bool:

@@ -257,7 +257,6 @@ def make_restart(pod: Pod, **fields: Any) -> Restart:
         "drain_timeout_seconds",
         "reason",
         "workload",
-        "pod",
     )
     spec = {name: fields.pop(name) for name in spec_names if name in fields}
     name = fields.pop("name", f"speech-{pod.name}")
@@ -270,7 +269,7 @@ def make_restart(pod: Pod, **fields: Any) -> Restart:
             "spec": RestartSpec(
                 **{
                     "workload": "speech",
-                    "pod": PodRef(name=pod.name, uid=pod.uid),
+                    "pod": fields.pop("pod_ref", PodRef(name=pod.name, uid=pod.uid)),
                     "trigger": RestartTrigger.RESIDUAL,
                     "method": RestartMethod.AUTO,
                     "reason": "residual 9Gi above 8Gi",

@@ -48,7 +48,7 @@ class Candidate:
     pod: Pod
     method: RestartMethod
     active: tuple[ActiveRestart, ...]
-    """Of all workloads, those admitted in this visit included."""
+    """The others, of all workloads, those admitted in this visit included."""
 
     @property
     def is_first(self) -> bool:
@@ -166,16 +166,15 @@ def _wait_for_acceptance(visit: Visit, _: Candidate) -> Wait | None:
 
 
 def _wait_for_node(visit: Visit, candidate: Candidate) -> Wait | None:
-    pod, workload = candidate.pod, visit.snapshot.workload
+    pod = candidate.pod
     for restart in visit.snapshot.restarts:
         if restart.uid != candidate.restart.uid and is_active(restart.status):
             same = (restart.spec.pod.uid or pod.uid) == pod.uid
             if restart.spec.pod.name == pod.name and same:
                 message = f"restart {restart.name} of the same pod runs"
                 return Wait(reason=Reason.NODE_BUSY, message=message)
-    own = (workload.namespace, candidate.restart.name)
     for active in candidate.active:
-        if active.node and active.node == pod.node and (active.namespace, active.name) != own:
+        if active.node and active.node == pod.node:
             message = f"restart {active.namespace}/{active.name} runs on node {pod.node}"
             return Wait(reason=Reason.NODE_BUSY, message=message)
     return None

@@ -58,13 +58,14 @@ def advance(visit: Visit, restart: Restart, active: _Running) -> Turn:
     since they are what the status then says.
     """
     turn = Turn(restart=restart)
+    others = _without(visit, active, restart)
     events: tuple[EmitEvent, ...] = ()
     for _ in range(_MOST_MOVES):
         before = turn.restart
         phase = phase_of(before.status)
         if phase is Phase.FINISHED:
             break
-        turn = _HANDLERS[phase](visit, before, active)
+        turn = _HANDLERS[phase](visit, before, others)
         check_transition(before.status, turn.restart.status)
         events += turn.events
         moved = phase_of(turn.restart.status) is not phase
@@ -133,11 +134,13 @@ def _active(visit: Visit, restart: Restart) -> ActiveRestart:
 
 def _with(visit: Visit, active: _Running, restart: Restart) -> _Running:
     """Return what runs after this restart's turn: it may have begun, or ended."""
-    mine = _active(visit, restart)
-    others = tuple(
-        one for one in active if (one.namespace, one.name) != (mine.namespace, mine.name)
-    )
-    return (*others, mine) if is_active(restart.status) else others
+    others = _without(visit, active, restart)
+    return (*others, _active(visit, restart)) if is_active(restart.status) else others
+
+
+def _without(visit: Visit, active: _Running, restart: Restart) -> _Running:
+    own = (visit.snapshot.workload.namespace, restart.name)
+    return tuple(one for one in active if (one.namespace, one.name) != own)
 
 
 def _write(before: Restart, after: Restart) -> PatchRestartStatus:

@@ -32,12 +32,12 @@ FOREIGN_BYTES = 64 << 20
 
 
 class NoCudaDeviceError(Exception):
-    """This machine or container has no NVIDIA device; the message says what is missing."""
+    """No NVIDIA device is here for this container; the message says what is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class DriverProcess:
-    """A process on a device as the driver lists it; ``used_bytes`` is None where it will not say."""
+    """A process on a device as the driver lists it; ``used_bytes`` None: it will not say."""
 
     pid: int
     used_bytes: int | None

@@ -89,21 +89,22 @@ def find_tensors(root: object) -> Iterator[Found]:
                 yield Found(f"model.{name}", tensor)
 
 
+_UNMOVABLE: tuple[tuple[Callable[[torch.Tensor], bool], str], ...] = (
+    (lambda t: t.layout != torch.strided, "its layout has no flat storage"),
+    (lambda t: t.is_quantized, "quantised tensors carry their scales outside of the storage"),
+    (lambda t: t.device.type not in {"cpu", "cuda"}, "its device holds no bytes that could move"),
+    (
+        lambda t: type(t).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl,  # noqa: SLF001 - torch has no public test for this
+        "its class decides itself what its data is",
+    ),
+    (lambda t: t.is_inference(), "tensors made in inference mode cannot be pointed elsewhere"),
+    (lambda t: t.is_conj() or t.is_neg(), "it is a lazy conjugate or negative"),
+)
+
+
 def explain_unmovable(tensor: torch.Tensor) -> str:
     """Return why a tensor must stay where it is; empty when it can be moved."""
-    if tensor.layout != torch.strided:
-        return f"layout {tensor.layout} has no flat storage"
-    if tensor.is_quantized:
-        return "quantised tensors carry their scales outside of the storage"
-    if tensor.device.type != "cpu":
-        return f"it is on {tensor.device}, not in host memory"
-    if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:  # type: ignore[attr-defined]  # noqa: SLF001 - torch has no public test for this
-        return f"{type(tensor).__name__} decides itself what its data is"
-    if tensor.is_inference():
-        return "tensors made in inference mode cannot be pointed elsewhere"
-    if tensor.is_conj() or tensor.is_neg():
-        return "it is a lazy conjugate or negative"
-    return ""
+    return next((words for applies, words in _UNMOVABLE if applies(tensor)), "")
 
 
 class TorchWeights:
@@ -135,7 +136,7 @@ class TorchWeights:
             reason = explain_unmovable(tensor)
             if reason:
                 self.left_alone.append(LeftAlone(found.path, reason))
-                if tensor.layout == torch.strided and tensor.device.type == "cpu":
+                if tensor.layout == torch.strided and tensor.device.type != "meta":
                     fixed[_storage_key(tensor)] = found.path
                 continue
             if tensor.untyped_storage().nbytes() == 0:
@@ -161,7 +162,8 @@ class TorchWeights:
 
     def _adopt(self, shared: _Shared) -> None:
         assert shared.source is not None  # noqa: S101 - only a new entry is adopted
-        source = torch.empty(0, dtype=torch.uint8).set_(shared.source)
+        source = torch.empty(0, dtype=torch.uint8, device=shared.source.device)
+        source.set_(shared.source)
         self._slice(self._host, shared).copy_(source)
         # The old storage is freed here, before the next is copied: one storage is held twice.
         shared.source = None
@@ -184,8 +186,8 @@ class TorchWeights:
         if self.weight_bytes == 0:
             return 0
         block = memory.allocate(self.weight_bytes)
+        device = _as_tensor(block)
         try:
-            device = _as_tensor(block)
             address = self._region.address
             for start in range(0, self.weight_bytes, COPY_CHUNK_BYTES):
                 end = min(start + COPY_CHUNK_BYTES, self.weight_bytes)
@@ -194,7 +196,8 @@ class TorchWeights:
                 device[start:end].copy_(self._host[start:end], non_blocking=True)
             memory.synchronize()
         except BaseException:
-            device = None  # type: ignore[assignment]
+            # Without its tensor the block is free to go.
+            del device
             block.free()
             raise
         self._block, self._device = block, device
@@ -240,7 +243,7 @@ class TorchWeights:
 
 
 def _storage_key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # noqa: SLF001 - data_ptr is 0 for every empty storage
+    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - data_ptr is 0 for every empty storage
 
 
 def _as_tensor(block: Block) -> torch.Tensor:
@@ -257,13 +260,13 @@ def set_threads(threads: int) -> None:
 
 def is_cuda_initialized() -> bool:
     """Whether this process has a CUDA context through torch."""
-    return bool(torch.cuda.is_initialized())
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def clear_workspaces() -> None:
     """Free cuBLAS's workspaces, which no other call gives back."""
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001 - pytorch#184084
-    if clear is not None and torch.cuda.is_initialized():
+    if clear is not None and is_cuda_initialized():
         clear()
 
 
@@ -302,7 +305,7 @@ class CudaMemory:
         self._before_bytes = measure_used_bytes() or 0
         # The one visible device is cuda:0: the caller has set CUDA_VISIBLE_DEVICES to its UUID.
         self._device = torch.device("cuda", 0)
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.empty(1, device=self._device)
         torch.cuda.synchronize(self._device)
         self._context_bytes = self.used_bytes() - torch.cuda.memory_reserved(self._device)
@@ -322,7 +325,8 @@ class CudaMemory:
         if not self._can_pin or address in self._pinned:
             return
         # Where the driver refuses (a locked-memory limit), every later chunk would be refused too.
-        self._can_pin = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0
+        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        self._can_pin = int(cudart.cudaHostRegister(address, nbytes, 0)) == 0
         if self._can_pin:
             self._pinned.add(address)
 

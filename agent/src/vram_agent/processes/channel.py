@@ -124,9 +124,9 @@ def _receive(sock: socket.socket) -> Packet:
         raise BrokenPacketError("a packet was cut off")
     if data[:1] == _INLINE:
         return Packet(data[1:], tuple(fds))
+    if not fds:
+        raise BrokenPacketError("a packet came without the memfd that holds its body")
     try:
-        if not fds:
-            raise BrokenPacketError("a packet came without the memfd that holds its body")
         body = bytes(map_sealed(fds[0]))
     except BaseException:
         close_fds(fds)
@@ -139,7 +139,7 @@ class Channel:
     """The blocking side, for a process that does one thing at a time."""
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(True)
+        sock.setblocking(True)  # noqa: FBT003 - socket's own name
         self._socket = sock
 
     def fileno(self) -> int:
@@ -183,7 +183,7 @@ class AsyncChannel:
         on_packet: Callable[[Packet], None],
         on_end: Callable[[], None],
     ) -> None:
-        sock.setblocking(False)
+        sock.setblocking(False)  # noqa: FBT003 - socket's own name
         self._socket = sock
         self._on_packet = on_packet
         self._on_end = on_end

@@ -26,7 +26,13 @@ from vram_agent.devices.base import (
 )
 from vram_agent.engine.memory import open_memory
 from vram_agent.engine.scrub import scrub
-from vram_agent.errors import AgentError, ModelFailedError, NoVramError, TaskFailedError
+from vram_agent.errors import (
+    AgentError,
+    BadInputError,
+    ModelFailedError,
+    NoVramError,
+    TaskFailedError,
+)
 from vram_agent.processes.channel import Channel, ChannelClosedError, close_fds
 from vram_agent.processes.messages import (
     Answer,
@@ -187,9 +193,9 @@ class GpuProcess:
         tensors = unpack_tensors(request.tensors, fds)
         model = self._models[request.name]
         task = Task(kind=request.kind, parameters=request.parameters, tensors=tensors)
+        if request.kind not in model.tasks:
+            raise BadInputError(f"model {request.name} cannot {request.kind.value}")
         try:
-            if request.kind not in model.tasks:
-                raise TaskFailedError(f"model {request.name} cannot {request.kind.value}")
             result = model.run(task)
             values = msgspec.to_builtins(dict(result.values))
             headers, out = pack_tensors(result.tensors)

@@ -70,6 +70,10 @@ def _as_error(failure: Failure) -> AgentError:
     return kind(failure.message, retry_after_seconds=failure.retry_after_seconds)
 
 
+def _is_same_model(one: ModelSpec, other: ModelSpec) -> bool:
+    return (one.runtime, one.source, one.options) == (other.runtime, other.source, other.options)
+
+
 async def _ask(child: Child, request: Request, fds: tuple[int, ...] = ()) -> Reply:
     """Call and close the answer's descriptors; a Failure is raised as the error it stands for."""
     reply, received = await child.call(request, fds)
@@ -191,12 +195,13 @@ class ProcessGroup:
     async def _load(self, spec: ModelSpec) -> LoadedModel:
         """Load a model.
 
-        1. It is loaded, with this spec: nothing to do.
+        1. It is loaded, from this source with these options: nothing to do.
         2. A GPU process lives: the caller's error; it would not have the new model.
         3. An older spec of it is loaded: dropped first.
         4. Loaded into the template; if that fails and holds nothing else, the template ends too.
         """
-        if spec.name in self._loaded and self._specs[spec.name] == spec:
+        if spec.name in self._loaded and _is_same_model(self._specs[spec.name], spec):
+            self._specs[spec.name] = spec
             return self._loaded[spec.name]
         if self._pair.gpu is not None:
             raise RuntimeError(f"group {self._group}: end the GPU process before a load")

@@ -1,4 +1,4 @@
-"""What every runtime offers: options checked, a model loaded by its library's own loader, tasks run.
+"""What every runtime offers: a model loaded by its library's own loader, and its tasks.
 
 Why it exists: templates and GPU processes host models without knowing their libraries. `load` runs
 in a template (one thread, no CUDA, no ONNX session); `run` in the GPU process forked from it.
@@ -102,7 +102,7 @@ def check_options(spec: ModelSpec, valid: Mapping[str, Option]) -> None:
     name, words = explain_fault(spec.options, valid)
     if name:
         raise ModelFailedError(
-            f"model {spec.name}: option {name} of runtime {spec.runtime.value} is not valid: {words}"
+            f"model {spec.name}: option {name} of runtime {spec.runtime.value}: {words}"
         )
 
 

@@ -4,7 +4,7 @@
 ``large-v3`` …), which is downloaded on first use.
 
 Options:
-- ``downloadRoot``: where downloads lie; default ``$XDG_CACHE_HOME/whisper`` or ``~/.cache/whisper``.
+- ``downloadRoot``: where downloads lie; default ``whisper`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 - ``fp16``: compute in half precision; default true on CUDA; false is the only choice on the CPU.
 - ``language``: the language when a request names none; default: detected from the audio.
 - ``beamSize``: beams of the search at temperature 0; default: greedy.

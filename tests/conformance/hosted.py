@@ -1,0 +1,86 @@
+"""Models for the Python runtime under test. Loaded by templates through ``options.path``.
+
+Imports torch only in the factories that need it, so that tests of processes alone start quickly.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+
+from vram_agent.errors import BadInputError
+
+
+class Doubler:
+    """No weights: gives back twice what it gets, and does as its parameters say."""
+
+    inputs = (("x", "FP32", (-1,)),)
+    outputs = (("y", "FP32", (-1,)),)
+
+    def infer(
+        self, inputs: dict[str, np.ndarray[Any, Any]], parameters: dict[str, Any]
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        if "block" in parameters:
+            # The reader knows that the task runs once this open returns to it; it never answers.
+            with open(parameters["block"], "wb") as started:
+                started.write(b"running")
+            threading.Event().wait()
+        if "raise" in parameters:
+            raise ValueError(parameters["raise"])
+        if "refuse" in parameters:
+            raise BadInputError(parameters["refuse"], param="x")
+        if "exit" in parameters:
+            os._exit(parameters["exit"])
+        return {"y": inputs["x"] * 2}
+
+
+def make_doubler() -> Doubler:
+    return Doubler()
+
+
+def make_blocked(fifo: str) -> Doubler:
+    with open(fifo, "wb") as started:
+        started.write(b"loading")
+    threading.Event().wait()
+    return Doubler()
+
+
+def make_threaded() -> Doubler:
+    threading.Thread(target=threading.Event().wait, name="foreign", daemon=True).start()
+    return Doubler()
+
+
+class Linear:
+    """y = x @ weight, with weights in places where a state_dict would not look."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        import torch
+
+        self.torch = torch
+        values = torch.arange(rows * columns, dtype=torch.float32).remainder_(7)
+        self.layers = [{"weight": values.reshape(rows, columns)}]
+        self.tied = self.layers[0]["weight"]
+        self.leaked: list[Any] = []
+
+    def infer(
+        self, inputs: dict[str, np.ndarray[Any, Any]], parameters: dict[str, Any]
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        torch = self.torch
+        weight = self.layers[0]["weight"]
+        if "leak_mib" in parameters:
+            shape = (parameters["leak_mib"], 1 << 18)
+            self.leaked.append(torch.ones(shape, device=weight.device))
+        if "allocate_gib" in parameters:
+            torch.empty(parameters["allocate_gib"] << 30, dtype=torch.uint8, device=weight.device)
+        if "add" in parameters:
+            weight.add_(parameters["add"])
+        x = torch.from_numpy(inputs["x"]).to(weight.device)
+        assert self.tied.data_ptr() == weight.data_ptr()
+        return {"y": (x @ weight).cpu().numpy()}
+
+
+def make_linear(rows: int, columns: int) -> Linear:
+    return Linear(rows, columns)

@@ -140,6 +140,8 @@ class Watcher:
             await kopf.operator(
                 registry=registry,
                 settings=watch_settings(),
+                # Else kopf asks for the user's name, and the image's uid has none.
+                identity="vram-operator",  # type: ignore[arg-type]  # a NewType it does not export
                 standalone=True,
                 clusterwide=not self._namespaces,
                 namespaces=self._namespaces,

@@ -1,0 +1,24 @@
+"""One event loop for whoever asks for "the current one" outside of an async test.
+
+looptime and pytest-asyncio both do (`get_event_loop`), for every test and also for those that are
+not async; Python then makes a loop that nobody closes, and its ResourceWarning fails whichever test
+the garbage collector happens to run in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+_loop = pytest.StashKey[asyncio.AbstractEventLoop]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_loop] = asyncio.new_event_loop()
+    asyncio.set_event_loop(config.stash[_loop])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    asyncio.set_event_loop(None)
+    config.stash[_loop].close()

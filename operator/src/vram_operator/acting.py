@@ -14,14 +14,14 @@ import structlog
 
 from vram_operator.agent_client import AgentClient
 from vram_operator.apply import Applier, Tools
-from vram_operator.cache import Cache, Key
+from vram_operator.cache import Cache, Key, workload_key
 from vram_operator.clock import Clock
 from vram_operator.core.snapshot import Settings as PlanSettings
 from vram_operator.events import EventWriter
 from vram_operator.facts import Facts
 from vram_operator.gather import Gatherer
 from vram_operator.gauges import Gauges
-from vram_operator.kube import PODS, Api, ApiError, Object, Resource
+from vram_operator.kube import PODS, RESTARTS, WORKLOADS, Api, ApiError, Object, Resource
 from vram_operator.metrics import Metrics
 from vram_operator.poller import Poller, Rhythm
 from vram_operator.queue import KeyedQueue, RetryError
@@ -110,23 +110,32 @@ class Acting:
         self._queue.add(key)
 
     async def run(self) -> None:
-        """Act until cancelled. Raises UnusableKeyError."""
+        """Act until cancelled; may be called again then. Raises UnusableKeyError."""
         around = self._around
         self._signer = await retried(
             "read the signing key",
             lambda: ensure_signer(around.api, around.namespace, around.clock),
         )
         await retried("list everything", self._resync)
-        self.is_synced = True
         await self._poller.ask_all(FIRST_REPORTS_SECONDS)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._queue.run(RECONCILE_WORKERS))
-            group.create_task(self._poller.run())
-            group.create_task(self._keep_in_sync())
+        self.is_synced = True
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._queue.run(RECONCILE_WORKERS))
+                group.create_task(self._poller.run())
+                group.create_task(self._keep_in_sync())
+        finally:
+            self.is_synced = False
 
     async def _resync(self) -> None:
-        namespaces = self._around.settings.namespaces
-        await resync(self._around.api, self._cache, namespaces, self._queue.add)
+        """List everything, and look at every workload: what a watch missed may be anything."""
+        await resync(self._around.api, self._cache, self._around.settings.namespaces)
+        self._facts.retain({pod["metadata"]["uid"] for pod in self._cache.every(PODS)})
+        for resource in (WORKLOADS, RESTARTS):
+            for obj in self._cache.every(resource):
+                key = workload_key(resource, obj)
+                if key is not None:
+                    self._queue.add(key)
 
     async def _keep_in_sync(self) -> None:
         while True:

@@ -18,7 +18,9 @@ from vram_agent.protocol import REPORT_PROTOCOL, Report
 
 CONNECT_TIMEOUT_SECONDS = 2.0
 REPORT_TIMEOUT_SECONDS = 5.0
-CONTROL_TIMEOUT_SECONDS = 30.0
+# A new config answers when it is applied, the others at once.
+CONFIG_TIMEOUT_SECONDS = 30.0
+CONTROL_TIMEOUT_SECONDS = 10.0
 LARGEST_ANSWER_BYTES = 4 * 1024 * 1024
 
 _reports = msgspec.json.Decoder(Report)
@@ -101,9 +103,8 @@ class AgentClient:
         content = json.dumps(body, separators=(",", ":")).encode()
         token = self._signer().token(agent.pod_uid, f"{method} {path}", content)
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-        timeout = aiohttp.ClientTimeout(
-            total=CONTROL_TIMEOUT_SECONDS, sock_connect=CONNECT_TIMEOUT_SECONDS
-        )
+        patience = CONFIG_TIMEOUT_SECONDS if method == "PUT" else CONTROL_TIMEOUT_SECONDS
+        timeout = aiohttp.ClientTimeout(total=patience, sock_connect=CONNECT_TIMEOUT_SECONDS)
         try:
             async with self._session.request(
                 method,

@@ -14,7 +14,7 @@ import structlog
 
 from vram_operator.agent_client import AgentClient
 from vram_operator.api import API_VERSION, RESTART_KIND, WORKLOAD_KIND, Reason, encode
-from vram_operator.cache import Cache
+from vram_operator.cache import Cache, Key
 from vram_operator.clock import Clock
 from vram_operator.core.plan import (
     Action,
@@ -47,8 +47,8 @@ from vram_operator.kube import (
 from vram_operator.live import Live, StaleError
 from vram_operator.metrics import Metrics
 from vram_operator.pod_actions import PodActions
-from vram_operator.pods import read_workload_status
-from vram_operator.refusal import refused_status
+from vram_operator.pods import read_restart, read_workload_status
+from vram_operator.refusal import orphaned_status, refused_status
 
 KINDS = {
     "Deployment": DEPLOYMENTS,
@@ -204,6 +204,21 @@ class Applier:
             version = known["metadata"]["resourceVersion"]
             body = _status_body(known, WORKLOAD_KIND, version, encode(status))
             await self._write_status(WORKLOADS, body)
+
+    async def disown(self, key: Key) -> None:
+        """Say in each open restart that its workload does not exist; writes nothing twice."""
+        for raw in self._cache.members(RESTARTS, key):
+            if raw["metadata"].get("deletionTimestamp"):
+                continue
+            restart = read_restart(raw)
+            if restart.status.outcome is not None:
+                continue
+            now = self._clock.now()
+            status = orphaned_status(restart.status, key[1], restart.generation, now)
+            if status != restart.status:
+                version = restart.resource_version
+                body = _status_body(raw, RESTART_KIND, version, encode(status))
+                await self._write_status(RESTARTS, body)
 
     async def _write_status(self, resource: Resource, body: Object) -> None:
         metadata = body["metadata"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime
 
@@ -100,6 +101,11 @@ class Facts:
         """Drop a refusal: the apiserver took it after all."""
         self._refused.pop(workload_uid, None)
 
+    def retain(self, pod_uids: Collection[str]) -> None:
+        """Drop everything about pods that are not among these."""
+        for pod_uid in (self._agents.keys() | self._evictions.keys()) - set(pod_uids):
+            self.forget(pod_uid)
+
     def forget(self, pod_uid: str) -> None:
         """Drop everything about a pod that is gone."""
         self._agents.pop(pod_uid, None)
@@ -107,11 +113,14 @@ class Facts:
 
 
 def _content_digest(obj: Object) -> str:
-    content = {name: value for name, value in obj.items() if name not in {"metadata", "status"}}
-    if obj.get("kind") == "Deployment":
+    # Items of a list have no kind and no apiVersion; what comes alone has.
+    unread = {"metadata", "status", "kind", "apiVersion"}
+    content = {name: value for name, value in obj.items() if name not in unread}
+    template = (obj.get("spec") or {}).get("template")
+    if template is not None:
         # Scaling and `kubectl rollout restart` are no drift: both are the user's to do.
         spec = {name: value for name, value in obj["spec"].items() if name != "replicas"}
-        content["spec"] = spec | {"template": obj["spec"]["template"].get("spec")}
+        content["spec"] = spec | {"template": template.get("spec")}
     content["labels"] = obj["metadata"].get("labels")
     content["ownerReferences"] = obj["metadata"].get("ownerReferences")
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -58,7 +58,10 @@ class ApiError(RetryError):
         self.reason = str(answer.get("reason") or "")
         self.message = str(answer.get("message") or f"HTTP {status}")
         self.details: Mapping[str, Any] = answer.get("details") or {}
-        super().__init__(f"{what}: {status} {self.message}", self.details.get("retryAfterSeconds"))
+        after = self.details.get("retryAfterSeconds")
+        super().__init__(
+            f"{what}: {status} {self.message}", None if after is None else float(after)
+        )
 
     @property
     def is_conflict(self) -> bool:
@@ -286,15 +289,18 @@ class Api:
             self._guard()
         what = f"{call.method} {call.path}"
         try:
-            status, content = await self._exchange(call)
+            status, content, retry_after = await self._exchange(call)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ApiUnavailableError(f"{what}: {error or type(error).__name__}") from error
         answer = _parse(content)
         if status >= 400:
+            if retry_after.isdecimal():
+                details = answer.get("details") or {}
+                answer["details"] = {"retryAfterSeconds": int(retry_after), **details}
             raise ApiError(what, status, answer)
         return answer
 
-    async def _exchange(self, call: Call) -> tuple[int, bytes]:
+    async def _exchange(self, call: Call) -> tuple[int, bytes, str]:
         timeout = aiohttp.ClientTimeout(
             total=REQUEST_TIMEOUT_SECONDS, sock_connect=CONNECT_TIMEOUT_SECONDS
         )
@@ -309,7 +315,8 @@ class Api:
                 headers=headers,
                 timeout=timeout,
             ) as response:
-                return response.status, await response.read()
+                retry_after = response.headers.get("Retry-After", "")
+                return response.status, await response.read(), retry_after
 
 
 def _parse(content: bytes) -> Object:

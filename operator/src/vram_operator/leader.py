@@ -17,15 +17,17 @@ import structlog
 
 from vram_operator.clock import Clock, format_micro_time
 from vram_operator.kube import LEASES, Api, ApiError, ApiUnavailableError, Object
+from vram_operator.queue import RetryError
 
 LEASE_DURATION_SECONDS = 15
 RENEW_DEADLINE_SECONDS = 10.0
 RETRY_SECONDS = 2.0
+RELEASE_TIMEOUT_SECONDS = 3.0
 
 _log = structlog.get_logger(__name__)
 
 
-class NotLeadingError(Exception):
+class NotLeadingError(RetryError):
     """Nothing may be changed by this replica: another one may be acting."""
 
 
@@ -41,7 +43,9 @@ class LeaseRef:
 class Leader:
     """Acquires, renews and releases one Lease. One `run` at a time.
 
-    ``acquired`` is set once this replica leads. `run` returns when the Lease is lost.
+    ``acquired`` is set while this replica leads. ``suspended`` is set instead when nobody answered
+    for so long that it may not act any more: the Lease may still be its own when somebody does.
+    `run` returns when another replica has the Lease.
     """
 
     def __init__(self, api: Api, lease: LeaseRef, clock: Clock) -> None:
@@ -51,8 +55,10 @@ class Leader:
         self._renewed_at: float | None = None
         self._seen: tuple[str, float] | None = None
         self.acquired = asyncio.Event()
-        self.has_answer = False
-        """Whether the last look at the Lease was answered; readiness of a standby rests on it."""
+        self.suspended = asyncio.Event()
+        self.has_answer: bool | None = None
+        """Was the last look at the Lease answered? None before the first."""
+        self._is_overtaken = False
 
     @property
     def is_leading(self) -> bool:
@@ -68,15 +74,24 @@ class Leader:
             raise NotLeadingError("this replica does not hold the Lease; nothing was changed")
 
     async def run(self) -> None:
-        """Wait for the Lease, then hold it. Returns when it is lost; cancel to stop waiting."""
-        while not await self._attempt():  # noqa: ASYNC110 - the Lease sends no event
+        """Wait for the Lease, then hold it.
+
+        1. Not ours yet: look again. 2. Ours: renew it. 3. Nobody answered for too long: stop acting
+        and go on trying. 4. It was ours and is another's: end.
+        """
+        while True:
+            held = await self._attempt()
+            if held and not self.acquired.is_set():  # 2
+                _log.info("leading", lease=self._lease.name, identity=self._lease.identity)
+                self.suspended.clear()
+                self.acquired.set()
+            elif self.acquired.is_set() and not self.is_leading:
+                self.acquired.clear()
+                self.suspended.set()
+                _log.error("not leading any more", lease=self._lease.name)
+            if self._is_overtaken:  # 4
+                return
             await asyncio.sleep(RETRY_SECONDS)
-        _log.info("leading", lease=self._lease.name, identity=self._lease.identity)
-        self.acquired.set()
-        while self.is_leading:
-            await asyncio.sleep(RETRY_SECONDS)
-            await self._attempt()
-        _log.error("lease lost", lease=self._lease.name, identity=self._lease.identity)
 
     async def release(self) -> None:
         """Give the Lease back, so that a standby need not wait for it to run out. May fail."""
@@ -85,12 +100,13 @@ class Leader:
         self._renewed_at = None
         path = LEASES.path(self._lease.namespace, self._lease.name)
         try:
-            current = await self._api.find(path)
-            if current is None or _holder(current) != self._lease.identity:
-                return
-            current["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1}
-            await self._api.replace(path, current)
-        except (ApiError, ApiUnavailableError) as error:
+            async with asyncio.timeout(RELEASE_TIMEOUT_SECONDS):
+                current = await self._api.find(path)
+                if current is None or _holder(current) != self._lease.identity:
+                    return
+                current["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1}
+                await self._api.replace(path, current)
+        except (ApiError, ApiUnavailableError, TimeoutError) as error:
             _log.warning("lease not released; it runs out by itself", error=str(error))
         else:
             _log.info("lease released", lease=self._lease.name)
@@ -103,12 +119,23 @@ class Leader:
                 held = await self._take_or_renew(started)
         except (ApiError, ApiUnavailableError, TimeoutError) as error:
             # A conflict means that someone else was faster, anything else that nobody knows.
-            self.has_answer = isinstance(error, ApiError)
+            self._note_answer(error)
             return False
-        self.has_answer = True
-        # Counted from before the request, as the server may have stored it as early as that.
-        self._renewed_at = started if held else None
+        self._note_answer(None)
+        if held:
+            # Counted from before the request, as the server may have stored it as early as that.
+            self._renewed_at = started
+        elif self._renewed_at is not None:
+            self._renewed_at, self._is_overtaken = None, True
         return held
+
+    def _note_answer(self, error: Exception | None) -> None:
+        answered = error is None or isinstance(error, ApiError)
+        if self.has_answer is not False and not answered:
+            _log.warning("the apiserver does not answer; trying until it does", error=str(error))
+        elif self.has_answer is False and answered:
+            _log.info("the apiserver answers again")
+        self.has_answer = answered
 
     async def _take_or_renew(self, started: float) -> bool:
         """Write the Lease if it is ours or free.

@@ -2,7 +2,8 @@
 
 The order of a life: listen for the probes, wait for the apiserver and the CRDs, watch, wait for the
 Lease, list everything once, act; on SIGTERM stop acting, give the Lease back, end. A replica that
-loses the Lease ends with status 1 and is started again by its kubelet as a standby.
+loses the Lease to another ends with status 1 and is started again by its kubelet as a standby; one
+that nobody answers stops acting, waits, and goes on if the Lease is still its own.
 """
 
 from __future__ import annotations
@@ -92,9 +93,12 @@ class Replica:
         watcher.start()
         election = asyncio.create_task(leader.run(), name="leader")
         try:
-            await self._until_stopped(leader.acquired.wait(), election)
-            if not self._stop.is_set() and not election.done():
-                await self._until_stopped(acting.run(), election)
+            while not self._stop.is_set() and not election.done():
+                await self._until_stopped(leader.acquired.wait(), election)
+                if leader.acquired.is_set():
+                    suspension = asyncio.create_task(leader.suspended.wait())
+                    await self._until_stopped(acting.run(), election, suspension)
+                    await _cancel(suspension)
             return 0 if self._stop.is_set() else 1
         finally:
             # Acting has ended here; only then may another replica begin.
@@ -112,7 +116,7 @@ class Replica:
         return sink
 
     async def _until_stopped(
-        self, work: Coroutine[Any, Any, object], *others: asyncio.Task[None]
+        self, work: Coroutine[Any, Any, object], *others: asyncio.Task[Any]
     ) -> None:
         """Do ``work`` until it ends, a signal comes or one of the others ends; then cancel it.
 

@@ -59,6 +59,7 @@ class Reconciler:
                 return None
             if snapshot is None:
                 self._forget(key)
+                await self._applier.disown(key)
                 return None
             planned = plan(snapshot, self._clock.now())
             if not takes_a_place(snapshot, planned):

@@ -1,7 +1,8 @@
-"""The status of a workload that cannot be planned for: refused by the apiserver, or unreadable.
+"""What is said of objects that no plan can be made for.
 
-Called by `reconcile`. Pure. Only the conditions Accepted and Ready are touched, so the rest of the
-status stays what it was when the workload was last understood.
+A workload may be unreadable, and a GPUPodRestart written by hand may name a workload that does not
+exist. Called by `apply`. Pure. Of a workload only the conditions Accepted and Ready are touched, so
+the rest of the status stays what it was when the workload was last understood.
 """
 
 from __future__ import annotations
@@ -10,7 +11,14 @@ from datetime import datetime
 
 from msgspec.structs import replace
 
-from vram_operator.api import ConditionStatus, Reason, WorkloadCondition, WorkloadStatus
+from vram_operator.api import (
+    ConditionStatus,
+    Reason,
+    RestartCondition,
+    RestartStatus,
+    WorkloadCondition,
+    WorkloadStatus,
+)
 from vram_operator.core.condition_list import Finding, with_findings
 
 
@@ -24,4 +32,18 @@ def refused_status(
         WorkloadCondition.READY, ConditionStatus.FALSE, Reason.NOT_ACCEPTED, "see Accepted"
     )
     conditions = with_findings(status.conditions, (accepted, ready), generation, now)
+    return replace(status, conditions=conditions, observed_generation=generation)
+
+
+def orphaned_status(
+    status: RestartStatus, workload: str, generation: int, now: datetime
+) -> RestartStatus:
+    """Return the status of a restart whose workload does not exist: open, and not admitted."""
+    finding = Finding(
+        RestartCondition.ADMITTED,
+        ConditionStatus.FALSE,
+        Reason.WORKLOAD_NOT_FOUND,
+        f"there is no GPUModelWorkload {workload}",
+    )
+    conditions = with_findings(status.conditions, (finding,), generation, now)
     return replace(status, conditions=conditions, observed_generation=generation)

@@ -115,8 +115,7 @@ class Kubelet:
         make = self.make_container or Kubelet._fake_agent
         started = datetime.now(UTC) - timedelta(seconds=self.age_seconds)
         one = Running(pod, ip, make(self, pod), started)
-        if isinstance(one.container, FakeAgent):
-            one.container.on_exit = lambda: setattr(one, "exited", True)
+        one.container.on_exit = lambda: setattr(one, "exited", True)
         await one.container.start(ip, CONTROL_PORT)
         self.running[pod["metadata"]["uid"]] = one
         self.history.append(one)

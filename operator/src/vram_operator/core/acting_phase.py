@@ -73,7 +73,7 @@ def _advance_agent_step(visit: Visit, restart: Restart) -> Turn:
         return finish(visit, restart, end)
     method = open_attempt(restart.status).method
     id_ = restart_id(restart, method)
-    agent = visit.snapshot.agent_of(pod.uid)
+    agent = visit.agent_of(pod.uid)
     report = visit.fresh_report(agent)
     action = None if report is None else report.action
     ours = action if action is not None and action.restart_id == id_ else None
@@ -87,7 +87,7 @@ def _advance_agent_step(visit: Visit, restart: Restart) -> Turn:
 def _ask_agent(visit: Visit, restart: Restart, pod: Pod, report: Report | None) -> Turn:
     """Branches 4 to 6: the agent does not show our action."""
     id_ = restart_id(restart, open_attempt(restart.status).method)
-    answers = [one for one in visit.snapshot.agent_of(pod.uid).calls if one.restart_id == id_]
+    answers = [one for one in visit.agent_of(pod.uid).calls if one.restart_id == id_]
     answer = max(answers, key=lambda one: one.at, default=None)
     if answer is not None and _is_final_refusal(answer):  # 4
         message = f"the agent answered {answer.status}: {answer.message}"

@@ -21,7 +21,7 @@ from vram_operator.api import (
 )
 from vram_operator.core.evidence import EvidenceReason
 from vram_operator.core.figures import show_time
-from vram_operator.core.phases import is_active, is_finished, open_attempt
+from vram_operator.core.phases import concerns, is_active, is_finished, open_attempt
 from vram_operator.core.schedule import is_open, next_opening
 from vram_operator.core.snapshot import (
     ActiveRestart,
@@ -106,7 +106,7 @@ def last_end(visit: Visit, pod: Pod) -> datetime | None:
     ends = (
         restart.status.completion_time
         for restart in visit.snapshot.restarts
-        if restart.spec.pod.uid == pod.uid
+        if concerns(restart, pod)
         and is_finished(restart.status)
         and (restart.status.start_time or restart.status.outcome is RestartOutcome.DRY_RUN)
     )
@@ -168,11 +168,10 @@ def _wait_for_acceptance(visit: Visit, _: Candidate) -> Wait | None:
 def _wait_for_node(visit: Visit, candidate: Candidate) -> Wait | None:
     pod = candidate.pod
     for restart in visit.snapshot.restarts:
-        if restart.uid != candidate.restart.uid and is_active(restart.status):
-            same = (restart.spec.pod.uid or pod.uid) == pod.uid
-            if restart.spec.pod.name == pod.name and same:
-                message = f"restart {restart.name} of the same pod runs"
-                return Wait(reason=Reason.NODE_BUSY, message=message)
+        is_other = restart.uid != candidate.restart.uid
+        if is_other and is_active(restart.status) and concerns(restart, pod):
+            message = f"restart {restart.name} of the same pod runs"
+            return Wait(reason=Reason.NODE_BUSY, message=message)
     for active in candidate.active:
         if active.node and active.node == pod.node:
             message = f"restart {active.namespace}/{active.name} runs on node {pod.node}"
@@ -221,7 +220,7 @@ def _wait_for_rollout(visit: Visit, _: Candidate) -> Wait | None:
 def _wait_for_report(visit: Visit, candidate: Candidate) -> Wait | None:
     if candidate.method not in AGENT_STEPS:
         return None
-    agent = visit.snapshot.agent_of(candidate.pod.uid)
+    agent = visit.agent_of(candidate.pod.uid)
     if visit.fresh_report(agent) is not None:
         return None
     return Wait(

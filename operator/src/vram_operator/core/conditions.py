@@ -103,7 +103,7 @@ def _ready(visit: Visit) -> Finding:
     failed = sorted(
         f"{model.name} on {pod.name}: {model.error or 'no reason given'}"
         for pod in visit.pods
-        if (report := visit.snapshot.agent_of(pod.uid).report) is not None
+        if (report := visit.agent_of(pod.uid).report) is not None
         for model in report.models
         if model.state is ModelState.FAILED
     )
@@ -130,7 +130,7 @@ def is_reporting(visit: Visit, agent: Agent) -> bool:
 def next_silence(visit: Visit) -> datetime | None:
     """Return when the next agent turns silent if nothing more is heard of it."""
     heard = [
-        visit.snapshot.agent_of(pod.uid).received_at or pod.agent_running_since
+        visit.agent_of(pod.uid).received_at or pod.agent_running_since
         for pod in expected_agents(visit)
     ]
     turns = [moment + visit.silent + timedelta(seconds=1) for moment in heard if moment]
@@ -145,7 +145,7 @@ def _agents_reporting(visit: Visit) -> Finding:
     """
     type_ = WorkloadCondition.AGENTS_REPORTING
     expected = expected_agents(visit)
-    agents = {pod.name: visit.snapshot.agent_of(pod.uid) for pod in expected}
+    agents = {pod.name: visit.agent_of(pod.uid) for pod in expected}
     if not expected:  # 1
         return Finding(type_, _UNKNOWN, Reason.NO_AGENTS, "no pod of the workload runs an agent")
     missing = [pod for pod in expected if not is_reporting(visit, agents[pod.name])]
@@ -236,7 +236,7 @@ def _vram_high(visit: Visit) -> Finding:
     reports = {
         pod.name: report
         for pod in visit.pods
-        if is_reporting(visit, agent := visit.snapshot.agent_of(pod.uid))
+        if is_reporting(visit, agent := visit.agent_of(pod.uid))
         and (report := agent.report) is not None
     }
     if not reports:

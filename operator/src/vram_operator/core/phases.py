@@ -18,7 +18,7 @@ from vram_operator.api import (
     RestartTrigger,
 )
 from vram_operator.core.condition_list import is_true
-from vram_operator.core.snapshot import Restart
+from vram_operator.core.snapshot import Pod, Restart
 
 _LONGEST_NAME = 200
 
@@ -64,6 +64,17 @@ def is_active(status: RestartStatus) -> bool:
 def is_finished(status: RestartStatus) -> bool:
     """Has the restart an outcome?"""
     return phase_of(status) is Phase.FINISHED
+
+
+def concerns(restart: Restart, pod: Pod) -> bool:
+    """Is this the pod that is meant?
+
+    Without a UID it is the pod of that name that was there when the restart was created.
+    """
+    wanted = restart.spec.pod
+    if wanted.uid:
+        return pod.uid == wanted.uid
+    return pod.name == wanted.name and pod.created <= restart.created
 
 
 def check_transition(before: RestartStatus, after: RestartStatus) -> None:

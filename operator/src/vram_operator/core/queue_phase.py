@@ -20,7 +20,7 @@ from vram_operator.core.admission import AGENT_STEPS, Candidate, Wait, find_wait
 from vram_operator.core.condition_list import Finding, find_condition
 from vram_operator.core.evidence import EvidenceReason
 from vram_operator.core.figures import show_time, whole_seconds
-from vram_operator.core.phases import next_rung
+from vram_operator.core.phases import concerns, next_rung
 from vram_operator.core.plan import Blocked, DryRunEvict, EmitEvent
 from vram_operator.core.schedule import spread, starting_deadline
 from vram_operator.core.snapshot import ActiveRestart, Pod, Restart
@@ -39,21 +39,14 @@ from vram_operator.core.visit import Visit
 
 POD_APPEARS = timedelta(seconds=15)
 """For so long after its creation a restart waits for a pod that no watch has shown yet."""
+LOOKS_AGAIN = timedelta(seconds=10)
+"""A restart that waits looks again after this, whatever it waits for."""
 _DISPROOFS = frozenset({EvidenceReason.BELOW_THRESHOLD, EvidenceReason.THRESHOLD_TOO_LOW})
 
 
 def find_restart_pod(visit: Visit, restart: Restart) -> Pod | None:
-    """Return the pod that is meant, while it is there to stay.
-
-    Without a UID it is the pod of that name that was there when the restart was created.
-    """
-    wanted = restart.spec.pod
-    for pod in visit.pods:
-        if pod.uid == wanted.uid:
-            return pod
-        if not wanted.uid and pod.name == wanted.name and pod.created <= restart.created:
-            return pod
-    return None
+    """Return the pod that is meant, while it is there to stay."""
+    return next((pod for pod in visit.pods if concerns(restart, pod)), None)
 
 
 def advance_queued(visit: Visit, restart: Restart, active: tuple[ActiveRestart, ...]) -> Turn:
@@ -152,7 +145,7 @@ def _find_obstacle(visit: Visit, candidate: Candidate) -> str:
         return ""
     if not candidate.pod.control_port:
         return "the pod has no control port"
-    if visit.snapshot.agent_of(candidate.pod.uid).refuses:
+    if visit.agent_of(candidate.pod.uid).refuses:
         return "the agent refuses the operator's calls"
     return ""
 
@@ -184,17 +177,18 @@ def _hold(visit: Visit, candidate: Candidate, wait: Wait) -> Turn:
         restart=note(visit, restart, finding),
         actions=(DryRunEvict(pod=pod),) if wait.ask else (),
         events=(event,) if news and not pending else (),
-        blocked=Blocked(
-            pod=pod.name, restart=restart.name, reason=wait.reason, message=wait.message
-        ),
-        requeue_at=earliest([wait.requeue_at, past_deadline]),
+        blocked=None
+        if pending
+        else Blocked(pod=pod.name, restart=restart.name, reason=wait.reason, message=wait.message),
+        # What frees a place in another workload is no news of this one.
+        requeue_at=earliest([wait.requeue_at, past_deadline, visit.now + LOOKS_AGAIN]),
     )
 
 
 def _admit(visit: Visit, candidate: Candidate) -> Turn:
     pod, method = candidate.pod, candidate.method
     restart = begin_attempt(visit, candidate.restart, method)
-    report = visit.snapshot.agent_of(pod.uid).report
+    report = visit.agent_of(pod.uid).report
     if candidate.is_first:
         restart = change(restart, start_time=whole_seconds(visit.now))
         if report is not None:

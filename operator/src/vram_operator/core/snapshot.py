@@ -279,10 +279,6 @@ class Snapshot:
         """Return the pod of this UID."""
         return next((pod for pod in self.pods if pod.uid == uid), None)
 
-    def agent_of(self, pod_uid: str) -> Agent:
-        """Return what is known of the pod's agent; one that says nothing when nothing is."""
-        return next((a for a in self.agents if a.pod_uid == pod_uid), Agent(pod_uid=pod_uid))
-
     def find_object(self, kind: str, name: str) -> OwnedObject | None:
         """Return the Service or ConfigMap of this name."""
         return next((o for o in self.objects if (o.kind, o.name) == (kind, name)), None)

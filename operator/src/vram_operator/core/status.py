@@ -43,7 +43,7 @@ def make_status(
     reports = tuple(
         agent.report
         for pod in visit.pods
-        if is_reporting(visit, agent := snapshot.agent_of(pod.uid)) and agent.report is not None
+        if is_reporting(visit, agent := visit.agent_of(pod.uid)) and agent.report is not None
     )
     models = _count_models(visit, reports)
     resident = sum(model.resident for model in models)

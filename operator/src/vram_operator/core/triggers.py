@@ -36,7 +36,7 @@ from vram_operator.api import (
 from vram_operator.core.admission import find_leave, last_end
 from vram_operator.core.evidence import COLLECTING
 from vram_operator.core.figures import show_time
-from vram_operator.core.phases import is_finished
+from vram_operator.core.phases import concerns, is_finished
 from vram_operator.core.plan import Action, AnnotateWorkload, Blocked, CreateRestart
 from vram_operator.core.resources import owner_reference
 from vram_operator.core.schedule import last_run, next_run, spread, starting_deadline
@@ -142,7 +142,7 @@ def is_degraded(visit: Visit, restarts: tuple[Restart, ...]) -> bool:
 
 def restart_name(visit: Visit, decision: Decision) -> str:
     """Return the name that every operator would give this restart: creating it is the lock."""
-    report = visit.snapshot.agent_of(decision.pod.uid).report
+    report = visit.agent_of(decision.pod.uid).report
     boot = "" if report is None else f"{report.agent.boot_id}/{report.agent.epoch}"
     workload = visit.snapshot.workload
     parts = (workload.uid, decision.pod.uid, boot, decision.trigger, decision.at)
@@ -151,13 +151,7 @@ def restart_name(visit: Visit, decision: Decision) -> str:
 
 
 def _has_open(restarts: tuple[Restart, ...], pod: Pod) -> bool:
-    return any(
-        not is_finished(one.status)
-        and (
-            one.spec.pod.uid == pod.uid or (not one.spec.pod.uid and one.spec.pod.name == pod.name)
-        )
-        for one in restarts
-    )
+    return any(not is_finished(one.status) and concerns(one, pod) for one in restarts)
 
 
 def _decide_manual(

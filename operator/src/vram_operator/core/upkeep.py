@@ -94,7 +94,7 @@ def _plan_pushes(visit: Visit) -> tuple[list[PushConfig], datetime | None]:
     config = make_agent_config(workload)
     pushes, waits = [], []
     for pod in visit.pods:
-        agent = visit.snapshot.agent_of(pod.uid)
+        agent = visit.agent_of(pod.uid)
         if not _is_outdated(visit, pod, agent):
             continue
         again = _push_again_at(agent.push, workload.generation)

@@ -89,7 +89,7 @@ def _find_subject(visit: Visit, restart: Restart) -> Pod | None:
         if other.uid != restart.uid and other.status.after is not None
     }
     for pod in sorted(visit.pods, key=lambda pod: (pod.created, pod.name)):
-        report = visit.snapshot.agent_of(pod.uid).report
+        report = visit.agent_of(pod.uid).report
         if pod.uid == restart.spec.pod.uid or pod.created < attempt.start_time:
             continue
         if report is None or report.agent.boot_id not in taken:
@@ -99,8 +99,8 @@ def _find_subject(visit: Visit, restart: Restart) -> Pod | None:
 
 def _report_after(visit: Visit, restart: Restart, pod: Pod) -> Report | None:
     """Return a fresh report of a ready pod that speaks of the time after the step."""
-    report = visit.fresh_report(visit.snapshot.agent_of(pod.uid))
-    if report is None or not pod.ready:
+    report = visit.fresh_report(visit.agent_of(pod.uid))
+    if report is None or _has_lost_readiness(restart, pod):
         return None
     method = open_attempt(restart.status).method
     if method not in AGENT_STEPS or report.agent.boot_id != boot_before(restart.status):
@@ -113,6 +113,14 @@ def _report_after(visit: Visit, restart: Restart, pod: Pod) -> Report | None:
     except ValueError:
         return None
     return report if is_later else None
+
+
+def _has_lost_readiness(restart: Restart, pod: Pod) -> bool:
+    """Is the pod not ready since the restart began? One that was not before need not be."""
+    if pod.ready or pod.ready_changed_at is None:
+        return not pod.ready
+    began = restart.status.start_time or open_attempt(restart.status).start_time
+    return pod.ready_changed_at >= began
 
 
 def _say_missing(pod: Pod | None, restart: Restart) -> str:
@@ -138,7 +146,7 @@ def _restarted_at(restart: Restart) -> datetime:
 
 
 def _received_at(visit: Visit, pod: Pod) -> datetime:
-    return visit.snapshot.agent_of(pod.uid).received_at or visit.now
+    return visit.agent_of(pod.uid).received_at or visit.now
 
 
 def _wait(visit: Visit, restart: Restart, reason: Reason, what: str) -> Turn:

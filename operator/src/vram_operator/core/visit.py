@@ -6,7 +6,7 @@ may be) is found once, in one place. Called by ``planning`` first; read by all o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -41,6 +41,10 @@ class Visit:
     now: datetime
     timetable: Timetable
     refusal: Refusal | None
+    pods: tuple[Pod, ...]
+    """The pods that are there to stay, by name."""
+    agents: Mapping[str, Agent]
+    """What is known of agents, by the UID of their pods."""
 
     @property
     def policy(self) -> RestartPolicy:
@@ -68,11 +72,9 @@ class Visit:
         """After how long without a report an agent counts as silent."""
         return timedelta(seconds=silent_seconds(self.snapshot.settings.poll_interval_seconds))
 
-    @property
-    def pods(self) -> tuple[Pod, ...]:
-        """The pods that are there to stay, by name."""
-        present = (pod for pod in self.snapshot.pods if not pod.terminating)
-        return tuple(sorted(present, key=lambda pod: (pod.name, pod.uid)))
+    def agent_of(self, pod_uid: str) -> Agent:
+        """Return what is known of the pod's agent; one that says nothing when nothing is."""
+        return self.agents.get(pod_uid) or Agent(pod_uid=pod_uid)
 
     def fresh_report(self, agent: Agent) -> Report | None:
         """Return the agent's report if it may be acted on."""
@@ -84,7 +86,7 @@ class Visit:
         """Weigh the pod's residual; None without a residual policy."""
         if self.policy.residual is None:
             return None
-        agent = self.snapshot.agent_of(pod.uid)
+        agent = self.agent_of(pod.uid)
         return weigh_evidence(agent, self.policy.residual, self.fresh.total_seconds(), self.now)
 
 
@@ -113,7 +115,15 @@ def begin_visit(snapshot: Snapshot, now: datetime) -> Visit:
         or _refuse_target(snapshot)
         or _refuse_template(snapshot)
     )
-    return Visit(snapshot=snapshot, now=now, timetable=timetable, refusal=refusal)
+    present = (pod for pod in snapshot.pods if not pod.terminating)
+    return Visit(
+        snapshot=snapshot,
+        now=now,
+        timetable=timetable,
+        refusal=refusal,
+        pods=tuple(sorted(present, key=lambda pod: (pod.name, pod.uid))),
+        agents={agent.pod_uid: agent for agent in snapshot.agents},
+    )
 
 
 def _refuse_delete(snapshot: Snapshot) -> Refusal | None:

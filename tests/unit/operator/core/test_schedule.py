@@ -73,18 +73,16 @@ def naive_runs(expression: str, zone_name: str) -> tuple[datetime, ...]:
     either = not day.startswith("*") and not weekday.startswith("*")
 
     def matches(wall: datetime) -> bool:
+        if wall.minute not in minutes or wall.hour not in hours or wall.month not in months:
+            return False
         by_day, by_weekday = wall.day in days, (wall.isoweekday() % 7) in weekdays
-        return (
-            wall.minute in minutes
-            and wall.hour in hours
-            and wall.month in months
-            and (by_day or by_weekday if either else by_day and by_weekday)
-        )
+        return by_day or by_weekday if either else by_day and by_weekday
 
     def real_time() -> Iterator[datetime]:
         moment = START
         while moment < END:
-            if matches(moment.astimezone(zone)):
+            # all these zones are whole hours away from UTC, so their minutes are the same
+            if moment.minute in minutes and matches(moment.astimezone(zone)):
                 yield moment
             moment += MINUTE
 
@@ -94,11 +92,9 @@ def naive_runs(expression: str, zone_name: str) -> tuple[datetime, ...]:
             if matches(wall):
                 aware = wall.replace(tzinfo=zone)
                 moment = aware.astimezone(UTC)
-                while moment.astimezone(zone).replace(tzinfo=None) != wall:
-                    wall_after = moment.astimezone(zone)
+                if moment.astimezone(zone).replace(tzinfo=None) != wall:
                     # jumped over: the first minute that exists after the jump
-                    moment = _first_after_jump(wall_after, zone)
-                    break
+                    moment = _first_after_jump(moment, zone)
                 if START <= moment < END:
                     yield moment
             wall += MINUTE
@@ -107,8 +103,7 @@ def naive_runs(expression: str, zone_name: str) -> tuple[datetime, ...]:
     return tuple(sorted(set(wall_time() if follows_wall else real_time())))
 
 
-def _first_after_jump(wall_after: datetime, zone: ZoneInfo) -> datetime:
-    moment = wall_after.astimezone(UTC)
+def _first_after_jump(moment: datetime, zone: ZoneInfo) -> datetime:
     offset = moment.astimezone(zone).utcoffset()
     while (moment - MINUTE).astimezone(zone).utcoffset() == offset:
         moment -= MINUTE

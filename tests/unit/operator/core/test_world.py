@@ -155,7 +155,7 @@ def test_a_schedule_restarts_every_pod_once_a_day() -> None:
     assert [one.spec.trigger for one in world.restarts.values()] == [RestartTrigger.SCHEDULED] * 2
     assert {one.status.outcome for one in world.restarts.values()} == {RestartOutcome.RECOVERED}
     assert sorted(one.pod for one in world.executions) == ["speech-0", "speech-1"]
-    world.run(24 * 3600, step=120)
+    world.run(24 * 3600, step=600)
     assert len(world.executions) == 4
 
 
@@ -343,7 +343,7 @@ class Operations(RuleBasedStateMachine):
             fake.residual_gib, fake.sticky = 1.0, set()
         asked = set(world.restarts)
         value = world.workload.annotations.get("vram.dev/restart")
-        world.run(6000, step=30)
+        world.run(6000, step=120)
         lost = [name for name in asked & set(world.restarts) if not is_finished(_of(world, name))]
         assert not lost
         assert world.workload.annotations.get("vram.dev/restart-handled") == value
@@ -355,8 +355,8 @@ def _of(world: World, name: str) -> RestartStatus:
 
 
 Operations.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=25,
+    max_examples=30,
+    stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )

@@ -187,9 +187,10 @@ class World:
             )
 
     def pass_time(self, seconds: float) -> None:
-        """Let time pass in steps of five seconds, with a poll after each."""
+        """Let time pass in small steps, with a poll after each."""
+        longest = 5.0 if seconds <= 120 else 30.0
         while seconds > 0:
-            step = min(5.0, seconds)
+            step = min(longest, seconds)
             seconds -= step
             self.now += timedelta(seconds=step)
             for pod in list(self.pods.values()):

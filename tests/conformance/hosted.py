@@ -6,6 +6,7 @@ Imports torch only in the factories that need it, so that tests of processes alo
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from typing import Any
 
@@ -32,6 +33,9 @@ class Doubler:
             raise ValueError(parameters["raise"])
         if "refuse" in parameters:
             raise BadInputError(parameters["refuse"], param="x")
+        if "spawn" in parameters:
+            process = subprocess.Popen(parameters["spawn"])
+            return {"pid": np.array([process.pid], np.int64)}
         if "exit" in parameters:
             os._exit(parameters["exit"])
         return {"y": inputs["x"] * 2}

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conformance.cases import array_of, infer, python_spec
+from tests.conformance.cases import infer, onnx_case, python_spec
 from vram_agent.errors import NotResidentError
 from vram_agent.processes.group import ProcessGroup
 
-X = np.ones((1, 2), np.float32)
-SPEC = python_spec("make_linear", rows=2, columns=2)
+CASE = onnx_case()
+SPEC = CASE.spec
 CALLS: dict[str, Callable[[ProcessGroup], Coroutine[Any, Any, Any]]] = {
     "load": lambda group: group.load(SPEC),
     "restore": lambda group: group.restore("m"),
-    "run": lambda group: group.run("m", infer(X)),
+    "run": lambda group: group.run("m", CASE.task),
     "offload": lambda group: group.offload("m"),
     "scrub": lambda group: group.scrub(),
     "end_gpu": lambda group: group.end_gpu(),
@@ -51,8 +51,7 @@ async def test_every_call_cancelled_after_some_turns_of_the_loop(
         assert not group.is_resident("m")
         await group.load(SPEC)
         await group.restore("m")
-        # By hand: [1 1] times [[0 1], [2 3]].
-        assert array_of(await group.run("m", infer(X)), "y").tolist() == [[2.0, 4.0]], name
+        CASE.check(await group.run("m", CASE.task))
         await group.end_gpu()
 
 

@@ -190,6 +190,18 @@ async def test_both_killed_at_once_leave_no_zombie(group: ProcessGroup, exits: E
         assert not set(pids) & set(list_children())
 
 
+async def test_what_a_models_code_started_ends_with_its_gpu_process(group: ProcessGroup) -> None:
+    await group.load(python_spec("make_doubler"))
+    await group.restore("m")
+    result = await group.run("m", infer(X, spawn=["sleep", "600"]))
+    (pid,) = array_of(result, "pid").tolist()
+    assert pid not in list_children()
+    await group.end_gpu()
+    assert pid not in list_children()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
 async def test_signals_meant_for_the_supervisor_leave_its_processes_alone(
     group: ProcessGroup,
 ) -> None:
@@ -226,8 +238,10 @@ def test_when_the_supervisor_is_killed_its_processes_end() -> None:
         assert len(pids) == 2
         pidfds = [os.pidfd_open(pid) for pid in pids]
         supervisor.kill()
-    for pidfd in pidfds:
+    for pid, pidfd in zip(pids, pidfds, strict=True):
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         assert poll.poll(20_000), "a process outlived the supervisor"
         os.close(pidfd)
+        # This process is a subreaper, so that they are its own now.
+        os.waitpid(pid, 0)

@@ -19,6 +19,7 @@ from vram_agent.errors import ModelFailedError
 from vram_agent.processes.channel import close_fds, open_socket_pair
 from vram_agent.processes.child import Child, decode_wait_status
 from vram_agent.processes.messages import Exited, Fork, Forked, Refused, Reply
+from vram_agent.processes.orphans import end_orphans
 from vram_agent.processes.spawn import spawn_template
 
 TEMPLATE, GPU = "template", "gpu"
@@ -83,17 +84,22 @@ class ProcessPair:
 
     async def end_gpu(self) -> None:
         """End the GPU process, if there is one, and wait until it is reaped."""
-        child = self.gpu
-        if child is not None:
-            child.kill()
-            await child.wait_reaped()
+        if self.gpu is not None:
+            await self._end(self.gpu)
 
     async def end_template(self) -> None:
         """End the template, if there is one, and wait until it is reaped."""
-        child = self.template
-        if child is not None:
-            child.kill()
-            await child.wait_reaped()
+        if self.template is not None:
+            await self._end(self.template)
+
+    async def _end(self, child: Child) -> None:
+        child.kill()
+        await child.wait_reaped()
+        await self._end_orphans(child)
+
+    async def _end_orphans(self, child: Child) -> None:
+        own = [self.template, self.gpu, *self._ending]
+        await end_orphans(child.pid, frozenset(one.pid for one in own if one is not None))
 
     def close(self) -> None:
         """End both at once, without waiting, and start none again."""
@@ -139,6 +145,7 @@ class ProcessPair:
 
     async def _report(self, role: str, child: Child) -> None:
         await child.wait_reaped()
+        await self._end_orphans(child)
         self._ending.discard(child)
         status = child.status
         if child.is_expected_to_end or status is None:

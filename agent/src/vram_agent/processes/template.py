@@ -45,6 +45,7 @@ from vram_agent.processes.messages import (
     decode_call,
     encode,
 )
+from vram_agent.processes.orphans import name_fork_of
 from vram_agent.protocol import ModelSpec
 from vram_agent.runtimes.base import HostedModel
 from vram_agent.runtimes.registry import find_runtime
@@ -191,9 +192,9 @@ class Template:
         """Be the child: never returns, runs no exit handler of the template's libraries."""
         code = 1
         try:
+            name_process(name_fork_of(parent_pid))
             die_with_parent(parent_pid)
             os.setsid()
-            name_process("vram-gpu")
             self._channel.close()
             channel = Channel(socket.socket(fileno=os.dup(channel_fd)))
             os.close(channel_fd)

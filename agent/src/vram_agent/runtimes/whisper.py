@@ -11,7 +11,8 @@ Options:
 
 Tasks: transcribe and translate, from the FP32 tensor ``audio``. Parameters: ``language``,
 ``prompt``, ``temperature`` (a number or a list of fallbacks), ``word_timestamps``,
-``condition_on_previous_text``, ``beam_size``, ``no_speech_threshold``.
+``condition_on_previous_text``, ``beam_size``, ``no_speech_threshold``, ``max_tokens`` (of each
+window of 30 s).
 
 openai-whisper takes seconds to import (numba), so this module is imported by templates only.
 """
@@ -71,6 +72,7 @@ _PARAMETERS = {
     "condition_on_previous_text": FLAG,
     "beam_size": COUNT,
     "no_speech_threshold": NUMBER,
+    "max_tokens": COUNT,
 }
 _SEGMENT_FIELDS = (
     "id",
@@ -181,6 +183,8 @@ class WhisperModel:
         beams = parameters.get("beam_size", options.get("beamSize"))
         if beams is not None:
             decoding["beam_size"] = int(beams)
+        if "max_tokens" in parameters:
+            decoding["sample_len"] = int(parameters["max_tokens"])
         for name in ("condition_on_previous_text", "no_speech_threshold"):
             if name in parameters:
                 decoding[name] = parameters[name]

@@ -61,9 +61,10 @@ async def open_world(server: str, kubeconfig: Path, folder: Path) -> AsyncIterat
     started: list[Operator] = []
     namespace = f"op-{secrets.token_hex(4)}"
 
-    def make(*flags: str, kubeconfig: Path = kubeconfig) -> Operator:
+    def make(*flags: str, kubeconfig: Path = kubeconfig, all_namespaces: bool = False) -> Operator:
         log = folder / f"operator-{len(started)}.log"
-        operator = Operator(kubeconfig, namespace, log, "--poll-interval=0.5", *flags)
+        served = () if all_namespaces else (f"--namespace={namespace}",)
+        operator = Operator(kubeconfig, namespace, log, "--poll-interval=0.5", *served, *flags)
         started.append(operator)
         return operator
 

@@ -22,6 +22,7 @@ class Operator:
     """One replica. Its log is kept for the message of a failing test."""
 
     def __init__(self, kubeconfig: Path, namespace: str, log: Path, *flags: str) -> None:
+        """``namespace`` is its own; which ones it serves is up to the flags."""
         self.port = free_port()
         self._log = log
         self._command = [
@@ -31,7 +32,6 @@ class Operator:
             "-m",
             "vram_operator",
             "run",
-            f"--namespace={namespace}",
             f"--metrics-port={self.port}",
             "--agent-image=agent:test",
             "--schedule-jitter=0",

@@ -127,14 +127,15 @@ async def test_a_leader_that_is_cut_off_stops_before_anyone_can_follow() -> None
     server.is_dead = True
     cut_off = asyncio.get_running_loop().time()
     await first.suspended.wait()
-    assert not first.is_leading
+    with pytest.raises(NotLeadingError):
+        first.ensure_leading()
     assert asyncio.get_running_loop().time() - cut_off < 15
     assert not first.has_answer
 
     # The Lease is still its own when the apiserver is back: it leads again.
     server.is_dead = False
     await first.acquired.wait()
-    assert first.is_leading
+    first.ensure_leading()
     assert server.holders == ["a"]
     await stop(task)
 

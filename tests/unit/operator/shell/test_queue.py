@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from vram_operator.queue import KeyedQueue, RetryError, retry_seconds
@@ -44,12 +46,12 @@ class Recorder:
 
 
 async def play(
-    recorder: Recorder, seconds: float, script: Callable[[KeyedQueue[str]], Awaitable[None] | None]
+    recorder: Recorder, seconds: float, script: Callable[[KeyedQueue[str]], Any]
 ) -> KeyedQueue[str]:
     queue: KeyedQueue[str] = KeyedQueue(recorder.handle, recorder.on_error, lambda: 0.0)
     task = asyncio.create_task(queue.run(workers=4))
     done = script(queue)
-    if done is not None:
+    if inspect.isawaitable(done):
         await done
     await asyncio.sleep(seconds)
     task.cancel()
@@ -60,7 +62,7 @@ async def play(
 
 async def test_a_key_added_many_times_is_handled_once() -> None:
     recorder = Recorder()
-    await play(recorder, 1, lambda queue: [queue.add("a") for _ in range(9)] and None)
+    await play(recorder, 1, lambda queue: list(map(queue.add, "aaaaaaaaa")))
     assert recorder.visits == [(0, "a")]
 
 
@@ -111,7 +113,7 @@ async def test_a_key_is_never_handled_twice_at_the_same_time() -> None:
 async def test_different_keys_are_handled_side_by_side() -> None:
     recorder = Recorder()
     recorder.duration = 10
-    await play(recorder, 100, lambda queue: [queue.add(key) for key in "abc"] and None)
+    await play(recorder, 100, lambda queue: list(map(queue.add, "abc")))
     assert recorder.times == [0, 0, 0]
 
 

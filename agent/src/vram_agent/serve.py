@@ -80,8 +80,7 @@ async def serve(config: AgentConfig, settings: Settings) -> int:
     reaper = asyncio.create_task(keep_reaping())
     status = 0
     try:
-        supervisor.attach(await connect(config.device))
-        await _wait_for_end(supervisor, stopping)
+        await _wait_for_end(supervisor, stopping, config.device)
         _log.info("draining", grace_seconds=config.drain.grace_seconds, cause=stopping.cause)
         cut = await supervisor.stop(config.drain.grace_seconds)
         if cut:
@@ -130,16 +129,30 @@ class _Stopping:
         self.event.set()
 
 
-async def _wait_for_end(supervisor: Supervisor, stopping: _Stopping) -> None:
-    waits = [
+async def _wait_for_end(
+    supervisor: Supervisor, stopping: _Stopping, preference: DevicePreference
+) -> None:
+    """Attach the devices, and return at a signal or restart, even while a driver takes its time.
+
+    Raises AgentError where there is no such device.
+    """
+
+    async def attach() -> None:
+        supervisor.attach(await connect(preference))
+
+    attaching = asyncio.create_task(attach())
+    ends = [
         asyncio.create_task(stopping.event.wait()),
         asyncio.create_task(supervisor.wait_exit()),
     ]
     try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([attaching, *ends], return_when=asyncio.FIRST_COMPLETED)
+        if attaching.done():
+            await attaching
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for wait in waits:
-            wait.cancel()
+        for end in ends:
+            end.cancel()
 
 
 def _read_config(options: argparse.Namespace) -> AgentConfig:

@@ -88,8 +88,6 @@ class Supervisor:
         self._is_closed = False
         self._fault: BaseException | None = None
 
-    # --- life
-
     def attach(self, backend: Backend) -> None:
         """Take the devices and processes; requests that came before have waited for them."""
         self._backend = self._reporter.backend = backend
@@ -123,8 +121,6 @@ class Supervisor:
         backends = [g.backend for g in self._fleet.groups.values() if g.backend is not None]
         await asyncio.gather(*(b.close() for b in backends), return_exceptions=True)
 
-    # --- what serving/ reads
-
     def models(self) -> list[ModelView]:
         """Every model of the config, in its order."""
         return [model_view(cell) for cell in self._fleet.listed()]
@@ -144,8 +140,6 @@ class Supervisor:
     def is_ready(self) -> bool:
         """Whether new requests are taken."""
         return not self._drain.is_on and not self._is_closed
-
-    # --- requests
 
     async def submit(
         self, model: str, task: Task, *, keep_alive_seconds: float | None = None
@@ -184,8 +178,6 @@ class Supervisor:
         """Drop a model to the Disk tier once no task runs on it; its next request loads it."""
         return await self._command(model, CommandKind.UNLOAD, OffloadTier.DISK)
 
-    # --- control
-
     async def scrub(self) -> Report:
         """Scrub every GPU process, each once nothing else runs in it."""
         futures = self._scrubs.want_all()
@@ -220,7 +212,7 @@ class Supervisor:
         return self._actions.begin(request, ActionStep.RECYCLE)
 
     def restart(self, request: RestartRequest) -> ActionReport:
-        """Begin to drain, then let PID 1 exit 0; the same ID again changes nothing."""
+        """Drain, then let PID 1 exit 0; the same ID again changes nothing."""
         return self._actions.begin(request, ActionStep.IN_PLACE)
 
     # --- the one writer
@@ -327,8 +319,6 @@ class Supervisor:
                 cell.commands.remove(command)
             self._pump()
         return model_report(cell)
-
-    # --- actions
 
     def _cut(self) -> str:
         """Answer whatever is still open; say what that was."""

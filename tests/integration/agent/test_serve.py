@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -214,3 +215,31 @@ async def test_a_client_that_goes_away_gives_its_place_up(start_agent: StartAgen
     assert [(await requests[n])[0] for n in (0, 2)] == [200, 200]
     with pytest.raises((asyncio.CancelledError, aiohttp.ClientError)):
         await requests[1]
+
+
+async def test_an_address_in_use_is_named_and_ends_the_command(start_agent: StartAgent) -> None:
+    agent = await start_agent(DIGITS_MODEL)
+    address = agent.serving.removeprefix("http://")
+    process = await asyncio.create_subprocess_exec(
+        str(Path(sys.executable).with_name("vram-agent")),
+        "serve",
+        "--model",
+        "a=ONNX:/m.onnx",
+        "--listen-control=127.0.0.1:0",
+        f"--listen-serving={address}",
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, error = await process.communicate()
+    assert process.returncode == 1
+    assert f"listen.serving: cannot listen on {address}" in error.decode()
+
+
+async def test_without_the_device_that_was_asked_for_the_agent_ends_with_1(
+    start_agent: StartAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    agent = await start_agent(DIGITS_MODEL, device="CUDA")
+    async with asyncio.timeout(60):
+        assert await agent.process.wait() == 1
+    assert await agent.end() == 1
+    assert any(entry.get("event") == "cannot serve" for entry in agent.log)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from tests import models
 from vram_agent.backend import Task, TaskKind, TaskResult, Tensor
 from vram_agent.protocol import ModelSpec, Runtime
+
+from tests import models
 
 HERE = str(Path(__file__).parent)
 DATATYPES = {"float32": "FP32", "int64": "INT64"}

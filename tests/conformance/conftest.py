@@ -9,18 +9,18 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-
-from tests.conformance.cases import CASES, Case
 from vram_agent.backend import ProcessExit
 from vram_agent.devices import select_device
 from vram_agent.devices.cuda import CudaDevice, NoCudaDeviceError
 from vram_agent.processes.group import ProcessBackend, ProcessGroup
 from vram_agent.protocol import DevicePreference
 
+from tests.conformance.cases import CASES, Case
+
 
 def list_fds() -> set[str]:
     return {
-        f"{link.name} {os.readlink(link)}"
+        f"{link.name} {link.readlink()}"
         for link in Path("/proc/self/fd").iterdir()
         if link.exists()
     }

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from vram_agent.errors import BadInputError
 
 
@@ -26,8 +26,7 @@ class Doubler:
     ) -> dict[str, np.ndarray[Any, Any]]:
         if "block" in parameters:
             # The reader knows that the task runs once this open returns to it; it never answers.
-            with open(parameters["block"], "wb") as started:
-                started.write(b"running")
+            Path(parameters["block"]).write_bytes(b"running")
             threading.Event().wait()
         if "raise" in parameters:
             raise ValueError(parameters["raise"])
@@ -46,8 +45,7 @@ def make_doubler() -> Doubler:
 
 
 def make_blocked(fifo: str) -> Doubler:
-    with open(fifo, "wb") as started:
-        started.write(b"loading")
+    Path(fifo).write_bytes(b"loading")
     threading.Event().wait()
     return Doubler()
 
@@ -61,7 +59,7 @@ class Linear:
     """y = x @ weight, with weights in places where a state_dict would not look."""
 
     def __init__(self, rows: int, columns: int) -> None:
-        import torch
+        import torch  # noqa: PLC0415 - takes seconds
 
         self.torch = torch
         values = torch.arange(rows * columns, dtype=torch.float32).remainder_(7)

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from tests.conformance.cases import infer, onnx_case, python_spec
 from vram_agent.errors import NotResidentError
 from vram_agent.processes.group import ProcessGroup
+
+from tests.conformance.cases import infer, onnx_case, python_spec
 
 CASE = onnx_case()
 SPEC = CASE.spec

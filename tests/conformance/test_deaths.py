@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from tests.conformance.cases import HERE, Case, array_of, infer, python_spec
-from tests.conformance.conftest import list_children
 from vram_agent.backend import ProcessExit
 from vram_agent.errors import ModelFailedError, NotResidentError, WorkerDiedError
 from vram_agent.processes.group import ProcessGroup
+
+from tests.conformance.cases import HERE, Case, array_of, infer, python_spec
+from tests.conformance.conftest import list_children
 
 X = np.array([1.0, 2.0], dtype=np.float32)
 Exits = asyncio.Queue[ProcessExit]

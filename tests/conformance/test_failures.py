@@ -8,21 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from tests import models
-from tests.conformance.cases import array_of, infer, python_spec
 from vram_agent.backend import ProcessExit
 from vram_agent.devices.cpu import CpuDevice
 from vram_agent.errors import (
     AgentError,
     BadInputError,
     ModelFailedError,
-    NoVramError,
     NotResidentError,
+    NoVramError,
     TaskFailedError,
 )
 from vram_agent.processes.group import ProcessBackend, ProcessGroup
 from vram_agent.protocol import ModelSpec, Runtime
+
+from tests import models
+from tests.conformance.cases import array_of, infer, python_spec
 
 MIB = 1 << 20
 X = np.array([1.0, 2.0], dtype=np.float32)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from tests.conformance.cases import Case, array_of, bits_of, infer, python_spec, tensor, transcribe
-from tests.models.shapes import make_onnx_matmul, make_whisper_shape, whisper_shape_near
 from vram_agent.backend import Task, TaskKind
 from vram_agent.processes.group import ProcessGroup
 from vram_agent.protocol import ModelSpec, Runtime
+
+from tests.conformance.cases import Case, array_of, bits_of, infer, python_spec, tensor, transcribe
+from tests.models.shapes import make_onnx_matmul, make_whisper_shape, whisper_shape_near
 
 MIB = 1 << 20
 SIZE_MIB = 256
@@ -30,7 +30,7 @@ def large_whisper(folder: Path) -> Case:
     # Random weights never say that they are done: a quarter of a second, and few tokens.
     task = transcribe(np.zeros(4_000, np.float32), temperature=0, max_tokens=4)
     spec = ModelSpec(name="m", runtime=Runtime.WHISPER, source=str(path))
-    return Case("Whisper", spec, task, lambda result: None)
+    return Case("Whisper", spec, task, lambda _: None)
 
 
 def large_onnx(folder: Path) -> Case:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-
-from tests.conformance.cases import Case, bits_of, python_spec
 from vram_agent.backend import Task, TaskKind
 from vram_agent.errors import BadInputError, ModelFailedError
 from vram_agent.processes.group import ProcessGroup
+
+from tests.conformance.cases import Case, bits_of, python_spec
 
 
 async def test_answers_are_the_same_bits_through_every_tier(

@@ -122,7 +122,7 @@ class TorchWeights:
             shared.offset_bytes = self.weight_bytes
             self.weight_bytes += align(shared.nbytes, ALIGNMENT_BYTES)
         self._region = arena.allocate(self.weight_bytes)
-        self._host = torch.frombuffer(self._region.buffer, dtype=torch.uint8)
+        self._host = _over(self._region.buffer)
         self._device: torch.Tensor | None = None
         self._block: Block | None = None
         for shared in self._storages:
@@ -248,9 +248,13 @@ def _storage_key(tensor: torch.Tensor) -> int:
 
 def _as_tensor(block: Block) -> torch.Tensor:
     storage: Any = block.storage
-    if isinstance(storage, torch.Tensor):
-        return storage
-    return torch.frombuffer(storage, dtype=torch.uint8)
+    return storage if isinstance(storage, torch.Tensor) else _over(storage)
+
+
+def _over(buffer: Any) -> torch.Tensor:
+    # frombuffer keeps the object alive and not its export; only a memoryview between the two keeps
+    # a mapping from being closed under a tensor that still looks into it.
+    return torch.frombuffer(memoryview(buffer), dtype=torch.uint8)
 
 
 def set_threads(threads: int) -> None:

@@ -9,6 +9,7 @@ pair.py on the event loop; needs this process to be PID 1 or a subreaper.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -56,14 +57,14 @@ async def _end(pid: int) -> None:
     except ProcessLookupError:
         return
     loop = asyncio.get_running_loop()
-    ended = loop.create_future()
+    ended = asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
     try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        loop.add_reader(pidfd, lambda: ended.done() or ended.set_result(None))
-        await ended
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    except (ChildProcessError, ProcessLookupError):  # someone else was quicker
-        return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        await ended.wait()
+        with contextlib.suppress(ChildProcessError):  # someone else was quicker
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # noqa: ASYNC222 - it has ended
     finally:
         loop.remove_reader(pidfd)
         os.close(pidfd)

@@ -101,8 +101,11 @@ def find_wait(visit: Visit, candidate: Candidate) -> Wait | None:
     return next((wait for rule in rules if (wait := rule(visit, candidate)) is not None), None)
 
 
-def last_end(visit: Visit, pod: Pod) -> datetime | None:
-    """Return when the last restart of the pod ended that was carried out, or pretended to be."""
+def cooldown_end(visit: Visit, pod: Pod) -> datetime | None:
+    """Return until when the pod is left alone after its last restart; None if it is not.
+
+    A restart counts that was carried out, or that a dry run pretended to carry out.
+    """
     ends = (
         restart.status.completion_time
         for restart in visit.snapshot.restarts
@@ -110,12 +113,7 @@ def last_end(visit: Visit, pod: Pod) -> datetime | None:
         and is_finished(restart.status)
         and (restart.status.start_time or restart.status.outcome is RestartOutcome.DRY_RUN)
     )
-    return max((end for end in ends if end is not None), default=None)
-
-
-def cooldown_end(visit: Visit, pod: Pod) -> datetime | None:
-    """Return until when the pod is left alone after its last restart; None if it is not."""
-    end = last_end(visit, pod)
+    end = max((end for end in ends if end is not None), default=None)
     until = None if end is None else end + timedelta(seconds=visit.policy.cooldown_seconds)
     return until if until is not None and until > visit.now else None
 

@@ -33,7 +33,7 @@ from vram_operator.api import (
     RestartTrigger,
     encode,
 )
-from vram_operator.core.admission import find_leave, last_end
+from vram_operator.core.admission import find_leave
 from vram_operator.core.evidence import COLLECTING
 from vram_operator.core.figures import show_time
 from vram_operator.core.phases import concerns, is_finished
@@ -271,9 +271,18 @@ def _decide_residual(
                 Blocked(pod=pod.name, restart="", reason=wait.reason, message=wait.message)
             )
         else:
-            end = last_end(visit, pod)
-            at = "" if end is None else show_time(end)
+            at = _last_word_of(restarts, pod)
             draft.decided[pod.uid] = Decision(pod, RestartTrigger.RESIDUAL, at, evidence.message)
+
+
+def _last_word_of(restarts: tuple[Restart, ...], pod: Pod) -> str:
+    """Return when the pod's last restart ended, whatever its outcome; empty for none.
+
+    One that was skipped counts too: the next must not bear its name.
+    """
+    ends = (one.status.completion_time for one in restarts if concerns(one, pod))
+    last = max((end for end in ends if end is not None), default=None)
+    return "" if last is None else show_time(last)
 
 
 def _create(visit: Visit, decision: Decision) -> CreateRestart:
@@ -300,6 +309,7 @@ def _create(visit: Visit, decision: Decision) -> CreateRestart:
             "annotations": annotations,
             "ownerReferences": [owner_reference(workload)],
         },
-        "spec": encode(spec),
+        # Said even where they are defaults: this is a record that people read.
+        "spec": {"trigger": str(spec.trigger), "method": str(spec.method), **encode(spec)},
     }
     return CreateRestart(manifest=manifest)

@@ -355,7 +355,7 @@ def _of(world: World, name: str) -> RestartStatus:
 
 
 Operations.TestCase.settings = settings(
-    max_examples=30,
+    max_examples=20,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),

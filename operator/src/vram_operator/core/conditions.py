@@ -110,7 +110,8 @@ def _ready(visit: Visit) -> Finding:
     if failed:  # 3
         return Finding(type_, _FALSE, Reason.MODEL_FAILED, "; ".join(failed[:_NAMED]))
     ready = sum(pod.ready for pod in visit.pods)
-    wanted = 0 if target is None else target.replicas
+    template = visit.snapshot.workload.spec.template
+    wanted = target.replicas if target is not None else template.replicas if template else 0
     if target is None or ready < wanted:  # 4
         message = f"{ready} of {wanted} pods are ready"
         return Finding(type_, _FALSE, Reason.REPLICAS_NOT_READY, message)

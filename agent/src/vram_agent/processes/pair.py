@@ -111,7 +111,13 @@ class ProcessPair:
     def _spawn(self, role: str) -> Child:
         if self._is_closed:
             raise ModelFailedError(f"group {self._group} is closed")
-        pid, sock = spawn_template(self._environment)
+        try:
+            pid, sock = spawn_template(self._environment)
+        except OSError as error:
+            raise ModelFailedError(
+                f"group {self._group}: no process can be started ({error}); raise the container's "
+                f"limits of memory and processes"
+            ) from error
         on_end = self._note_template_end if role == TEMPLATE else self._note_gpu_end
         return Child(pid, sock, self._note, on_end)
 

@@ -37,18 +37,19 @@ def plan(snapshot: Snapshot, now: datetime) -> Plan:
 
     # Restarts that are open go on; then new ones are decided, and old ones go.
     turns = advance_all(visit)
-    decisions = decide_restarts(visit, turns.restarts)
-    removals, removal_at = plan_retention(visit, turns.restarts)
+    visit = visit.with_restarts(turns.restarts)
+    decisions = decide_restarts(visit)
+    removals, removal_at = plan_retention(visit)
 
     # What all this came to is said in the conditions, and in Events where they change.
     progress = Progress(
         restarts=turns.restarts,
         blocked=(*turns.blocked, *decisions.blocked),
-        failures=count_failures(visit, turns.restarts),
+        failures=count_failures(visit),
     )
     findings = find_conditions(visit, progress)
     old = snapshot.workload.status
-    status = make_status(visit, findings, turns.restarts, decisions.next_restart_time)
+    status = make_status(visit, findings, decisions.next_restart_time)
     changed = status != old
     write = PatchWorkloadStatus(status=status, resource_version=snapshot.workload.resource_version)
 

@@ -16,9 +16,7 @@ from vram_operator.core.turn import earliest
 from vram_operator.core.visit import Visit
 
 
-def plan_retention(
-    visit: Visit, restarts: tuple[Restart, ...]
-) -> tuple[tuple[DeleteRestart, ...], datetime | None]:
+def plan_retention(visit: Visit) -> tuple[tuple[DeleteRestart, ...], datetime | None]:
     """Return what to remove, and when the next one is due.
 
     Kept beyond ``--restart-ttl`` are:
@@ -27,9 +25,9 @@ def plan_retention(
     2. those that a schedule or a half-handled annotation would otherwise ask for again;
     3. those for which the workload is Degraded.
     """
-    ended = [one for one in restarts if one.status.completion_time is not None]
+    ended = [one for one in visit.snapshot.restarts if one.status.completion_time is not None]
     ended.sort(key=lambda one: (one.status.completion_time or visit.now, one.name))
-    streak = failure_streak(visit, restarts)[: visit.policy.max_consecutive_failures]  # 3
+    streak = failure_streak(visit)[: visit.policy.max_consecutive_failures]  # 3
     kept = {one.uid for one in (*ended[-1:], *streak)}  # 1
     removals, due = [], []
     for restart in ended:

@@ -33,7 +33,6 @@ _HELD = frozenset({ModelState.OFFLOADING, ModelState.OFFLOADED, ModelState.RESTO
 def make_status(
     visit: Visit,
     findings: tuple[Finding, ...],
-    restarts: tuple[Restart, ...],
     next_restart_time: datetime | None,
 ) -> WorkloadStatus:
     """Return the status as it should read; equal to the old one when nothing happened."""
@@ -60,7 +59,7 @@ def make_status(
         models=models,
         models_summary=f"{resident}/{max(total, len(models))}" if models else "",
         next_restart_time=next_restart_time,
-        last_restart=_find_last_restart(restarts) or old.last_restart,
+        last_restart=_find_last_restart(snapshot.restarts) or old.last_restart,
     )
 
 

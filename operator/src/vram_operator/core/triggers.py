@@ -83,8 +83,8 @@ class _Draft:
     requeue: list[datetime | None] = field(default_factory=list)
 
 
-def decide_restarts(visit: Visit, restarts: tuple[Restart, ...]) -> Decisions:
-    """Decide on new restarts, given all that exist as they should be.
+def decide_restarts(visit: Visit) -> Decisions:
+    """Decide on new restarts, given the old ones as their turns have left them.
 
     1. A refused spec decides nothing.
     2. A pod with an open restart gets no other.
@@ -92,11 +92,11 @@ def decide_restarts(visit: Visit, restarts: tuple[Restart, ...]) -> Decisions:
     """
     if visit.refusal is not None:  # 1
         return Decisions()
-    draft = _Draft()
+    restarts, draft = visit.snapshot.restarts, _Draft()
     free = tuple(pod for pod in visit.pods if not _has_open(restarts, pod))  # 2
-    annotate = _decide_manual(visit, restarts, free, draft)  # 3
-    next_time, missed = _decide_scheduled(visit, restarts, free, draft)
-    _decide_residual(visit, restarts, free, draft)
+    annotate = _decide_manual(visit, free, draft)  # 3
+    next_time, missed = _decide_scheduled(visit, free, draft)
+    _decide_residual(visit, free, draft)
     decisions = sorted(draft.decided.values(), key=lambda one: one.pod.name)
     creates = tuple(_create(visit, decision) for decision in decisions)
     return Decisions(
@@ -108,12 +108,12 @@ def decide_restarts(visit: Visit, restarts: tuple[Restart, ...]) -> Decisions:
     )
 
 
-def count_failures(visit: Visit, restarts: tuple[Restart, ...]) -> int:
+def count_failures(visit: Visit) -> int:
     """Return how many restarts in a row did not help, under the spec as it is now."""
-    return len(failure_streak(visit, restarts))
+    return len(failure_streak(visit))
 
 
-def failure_streak(visit: Visit, restarts: tuple[Restart, ...]) -> tuple[Restart, ...]:
+def failure_streak(visit: Visit) -> tuple[Restart, ...]:
     """Return the newest restarts that did not help, newest first, up to one that did.
 
     Skipped and dry runs say nothing, and neither do restarts of another generation of the spec.
@@ -121,7 +121,7 @@ def failure_streak(visit: Visit, restarts: tuple[Restart, ...]) -> tuple[Restart
     generation = str(visit.snapshot.workload.generation)
     ended = [
         restart
-        for restart in restarts
+        for restart in visit.snapshot.restarts
         if restart.status.completion_time is not None
         and restart.annotations.get(GENERATION_ANNOTATION) == generation
     ]
@@ -135,9 +135,9 @@ def failure_streak(visit: Visit, restarts: tuple[Restart, ...]) -> tuple[Restart
     return tuple(streak)
 
 
-def is_degraded(visit: Visit, restarts: tuple[Restart, ...]) -> bool:
+def is_degraded(visit: Visit) -> bool:
     """Did so many restarts in a row not help that no further residual one is worth it?"""
-    return count_failures(visit, restarts) >= visit.policy.max_consecutive_failures
+    return count_failures(visit) >= visit.policy.max_consecutive_failures
 
 
 def restart_name(visit: Visit, decision: Decision) -> str:
@@ -154,9 +154,7 @@ def _has_open(restarts: tuple[Restart, ...], pod: Pod) -> bool:
     return any(not is_finished(one.status) and concerns(one, pod) for one in restarts)
 
 
-def _decide_manual(
-    visit: Visit, restarts: tuple[Restart, ...], free: tuple[Pod, ...], draft: _Draft
-) -> Iterator[Action]:
+def _decide_manual(visit: Visit, free: tuple[Pod, ...], draft: _Draft) -> Iterator[Action]:
     """Decide for a new value of the annotation.
 
     1. The value was handled, or there is none.
@@ -171,7 +169,9 @@ def _decide_manual(
     handled = AnnotateWorkload(annotations={HANDLED_ANNOTATION: value})
     if not workload.status.conditions:  # 2
         return iter((handled,))
-    mine = [one for one in restarts if one.annotations.get(RESTART_ANNOTATION) == value]
+    mine = [
+        one for one in visit.snapshot.restarts if one.annotations.get(RESTART_ANNOTATION) == value
+    ]
     began = min((one.created for one in mine), default=None)
     done = {one.spec.pod.uid for one in mine}
     open_names = {pod.name for pod in visit.pods} - {pod.name for pod in free}
@@ -193,7 +193,7 @@ def _started(pod: Pod) -> datetime:
 
 
 def _decide_scheduled(
-    visit: Visit, restarts: tuple[Restart, ...], free: tuple[Pod, ...], draft: _Draft
+    visit: Visit, free: tuple[Pod, ...], draft: _Draft
 ) -> tuple[datetime | None, datetime | None]:
     """Decide for the latest run that is due; return the next run and one that was missed.
 
@@ -226,7 +226,7 @@ def _decide_scheduled(
         return following, due
     waiting = False
     for pod in visit.pods:  # 5
-        if _started(pod) > due or _had_run(restarts, pod, due) or pod.uid in draft.decided:
+        if _started(pod) > due or _had_run(visit, pod, due) or pod.uid in draft.decided:
             continue
         if pod not in free:
             waiting = True
@@ -244,15 +244,16 @@ def _decide_scheduled(
 _TICK = timedelta(seconds=1)
 
 
-def _had_run(restarts: tuple[Restart, ...], pod: Pod, run: datetime) -> bool:
-    return any(one.spec.pod.uid == pod.uid and one.spec.scheduled_time == run for one in restarts)
+def _had_run(visit: Visit, pod: Pod, run: datetime) -> bool:
+    return any(
+        one.spec.pod.uid == pod.uid and one.spec.scheduled_time == run
+        for one in visit.snapshot.restarts
+    )
 
 
-def _decide_residual(
-    visit: Visit, restarts: tuple[Restart, ...], free: tuple[Pod, ...], draft: _Draft
-) -> None:
+def _decide_residual(visit: Visit, free: tuple[Pod, ...], draft: _Draft) -> None:
     """Decide for pods whose evidence suffices and that nothing keeps from it."""
-    degraded = is_degraded(visit, restarts)
+    degraded = is_degraded(visit)
     for pod in free:
         evidence = visit.evidence_of(pod)
         if evidence is None or pod.uid in draft.decided:
@@ -271,16 +272,16 @@ def _decide_residual(
                 Blocked(pod=pod.name, restart="", reason=wait.reason, message=wait.message)
             )
         else:
-            at = _last_word_of(restarts, pod)
+            at = _last_word_of(visit, pod)
             draft.decided[pod.uid] = Decision(pod, RestartTrigger.RESIDUAL, at, evidence.message)
 
 
-def _last_word_of(restarts: tuple[Restart, ...], pod: Pod) -> str:
+def _last_word_of(visit: Visit, pod: Pod) -> str:
     """Return when the pod's last restart ended, whatever its outcome; empty for none.
 
     One that was skipped counts too: the next must not bear its name.
     """
-    ends = (one.status.completion_time for one in restarts if concerns(one, pod))
+    ends = (one.status.completion_time for one in visit.snapshot.restarts if concerns(one, pod))
     last = max((end for end in ends if end is not None), default=None)
     return "" if last is None else show_time(last)
 

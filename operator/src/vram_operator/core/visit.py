@@ -7,7 +7,7 @@ may be) is found once, in one place. Called by ``planning`` first; read by all o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from vram_agent.protocol import Report, parse_quantity
@@ -22,7 +22,7 @@ from vram_operator.core.evidence import Evidence, fresh_seconds, silent_seconds,
 from vram_operator.core.podspec import InvalidTemplateError
 from vram_operator.core.resources import make_deployment
 from vram_operator.core.schedule import InvalidScheduleError, Timetable, parse_timetable
-from vram_operator.core.snapshot import Agent, Pod, Snapshot
+from vram_operator.core.snapshot import Agent, Pod, Restart, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,10 @@ class Visit:
     def silent(self) -> timedelta:
         """After how long without a report an agent counts as silent."""
         return timedelta(seconds=silent_seconds(self.snapshot.settings.poll_interval_seconds))
+
+    def with_restarts(self, restarts: tuple[Restart, ...]) -> Visit:
+        """Return the visit with the restarts as this visit leaves them."""
+        return replace(self, snapshot=replace(self.snapshot, restarts=restarts))
 
     def agent_of(self, pod_uid: str) -> Agent:
         """Return what is known of the pod's agent; one that says nothing when nothing is."""

@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 from vram_operator.api import (
+    RestartMethod,
     RestartOutcome,
     RestartStatus,
     RestartTrigger,
     WorkloadStatus,
 )
-from vram_operator.core.plan import AnnotateWorkload, CreateRestart, DeleteRestart
+from vram_operator.core.plan import (
+    AnnotateWorkload,
+    CreateRestart,
+    DeleteRestart,
+    PatchRestartStatus,
+)
 from vram_operator.core.planning import plan
 from vram_operator.core.snapshot import Pod, Restart, Snapshot
 
@@ -103,6 +109,15 @@ def test_the_next_restart_of_a_pod_has_another_name_even_in_the_same_boot(
 
 def test_a_pod_with_an_open_restart_gets_no_other() -> None:
     assert created(replace(LEAKING, restarts=(make_restart(A),))) == []
+
+
+def test_a_restart_that_ends_in_this_visit_is_not_followed_by_another_at_once() -> None:
+    away = make_restart(A, method=RestartMethod.DELETE, created=ago(60))  # ends: not allowed
+    status = RestartStatus(start_time=ago(50))
+    snapshot = replace(LEAKING, restarts=(replace(away, status=status),))
+    (write,) = [one for one in plan(snapshot, NOW).actions if isinstance(one, PatchRestartStatus)]
+    assert write.finished is FAILED
+    assert created(snapshot) == []
 
 
 @pytest.mark.parametrize(

@@ -111,11 +111,7 @@ class Acting:
 
     async def run(self) -> None:
         """Act until cancelled; may be called again then. Raises UnusableKeyError."""
-        around = self._around
-        self._signer = await retried(
-            "read the signing key",
-            lambda: ensure_signer(around.api, around.namespace, around.clock),
-        )
+        await retried("read the signing key", self._read_key)
         await retried("list everything", self._resync)
         await self._poller.ask_all(FIRST_REPORTS_SECONDS)
         self.is_synced = True
@@ -126,6 +122,10 @@ class Acting:
                 group.create_task(self._keep_in_sync())
         finally:
             self.is_synced = False
+
+    async def _read_key(self) -> None:
+        around = self._around
+        self._signer = await ensure_signer(around.api, around.namespace, around.clock)
 
     async def _resync(self) -> None:
         """List everything, and look at every workload: what a watch missed may be anything."""
@@ -140,6 +140,8 @@ class Acting:
     async def _keep_in_sync(self) -> None:
         while True:
             await asyncio.sleep(RESYNC_SECONDS)
+            # Someone may have put a new key there, with the old one's public half as the previous.
+            await retried("read the signing key again", self._read_key)
             await retried("list everything again", self._resync)
 
     def _require_signer(self) -> Signer:

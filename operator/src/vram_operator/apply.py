@@ -109,8 +109,7 @@ class Applier:
             case PatchRestartStatus():
                 await self._write_restart_status(workload.namespace, action)
             case DeleteRestart():
-                path = RESTARTS.path(workload.namespace, action.name)
-                await self._api.delete(path, action.uid)
+                await self._delete_restart(workload.namespace, action)
             case PatchWorkloadStatus():
                 await self._write_workload_status(workload, action)
             case EmitEvent():
@@ -152,6 +151,12 @@ class Applier:
         else:
             _log.info("restart created", reason=answer["spec"].get("reason"), **_place(metadata))
         self._cache.observe(RESTARTS, answer)
+
+    async def _delete_restart(self, namespace: str, action: DeleteRestart) -> None:
+        await self._api.delete(RESTARTS.path(namespace, action.name), action.uid)
+        known = self._cache.find(RESTARTS, namespace, action.name)
+        if known is not None and known["metadata"]["uid"] == action.uid:
+            self._cache.observe_deletion(RESTARTS, known)
 
     async def _write_restart_status(self, namespace: str, action: PatchRestartStatus) -> None:
         status = encode(action.status)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -136,14 +135,13 @@ class Watcher:
                 server=self._connection.server, aiohttp_session=self._connection.session()
             )
 
-        with warnings.catch_warnings():
-            await kopf.operator(
-                registry=registry,
-                settings=watch_settings(),
-                # Else kopf asks for the user's name, and the image's uid has none.
-                identity="vram-operator",  # type: ignore[arg-type]  # a NewType it does not export
-                standalone=True,
-                clusterwide=not self._namespaces,
-                namespaces=self._namespaces,
-                stop_flag=self._stop,
-            )
+        await kopf.operator(
+            registry=registry,
+            settings=watch_settings(),
+            # Else kopf asks for the user's name, and the image's uid has none.
+            identity="vram-operator",  # type: ignore[arg-type]  # a NewType it does not export
+            standalone=True,
+            clusterwide=not self._namespaces,
+            namespaces=self._namespaces,
+            stop_flag=self._stop,
+        )

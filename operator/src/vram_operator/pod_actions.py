@@ -127,6 +127,7 @@ class PodActions:
         live = await self._live.pod(namespace, action.pod)
         answer = await eviction.ask(self._api, self._clock, live, dry_run=False)
         self._facts.record_eviction(answer)
+        await self._live.refresh(PODS, live)
         _log.info("pod evicted", pod=action.pod.name, verdict=str(answer.verdict))
 
     async def _delete_pod(self, namespace: str, action: DeletePod) -> None:
@@ -141,6 +142,7 @@ class PodActions:
             if error.is_conflict or error.is_missing:
                 raise StaleError(f"pod {action.pod.name} has changed") from error
             raise
+        await self._live.refresh(PODS, live)
         _log.info("pod deleted", pod=action.pod.name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ pytestmark = [pytest.mark.control_plane, pytest.mark.timeout(900)]
 
 RESIDUAL = {"threshold": "8Gi", "forSeconds": 0, "minSamples": 1}
 EFFECTS = ("recycle", "restart", "eviction")
-MOST_STEPS = 60
+# Each has a namespace and an operator of its own, and mostly waits.
+AT_A_TIME = 4
 
 
 async def begin_manual(world: World) -> None:
@@ -78,12 +80,12 @@ async def play(world: World, case: Case, faults: Faults, kubeconfig: Path) -> No
         restarts = await world.restarts()
         return faults.killed or any(one.get("status", {}).get("outcome") for one in restarts)
 
-    await eventually(is_over, "the kill or the end of the restart", 60)
+    await eventually(is_over, "the kill or the end of the restart", 120)
     if faults.killed:
         assert await doomed.wait() != 0
         # Another Lease, so as not to wait for the dead one's to run out.
         await world.start(f"--lease-name=next-{secrets.token_hex(3)}")
-    (restart,) = await world.until_finished(timeout_seconds=60)
+    (restart,) = await world.until_finished(timeout_seconds=120)
     where = f"killed {faults.when} step {faults.kill_at} of {faults.steps}"
     assert restart["status"]["outcome"] == "Recovered", (where, restart["status"])
     assert [step for _, step in world.kubelet.executed] == list(case.executed), where
@@ -109,19 +111,23 @@ async def test_killed_after_any_step_a_restart_is_done_exactly_once(
             await proxy.stop()
         return faults
 
-    for kill_at in range(1, MOST_STEPS):
-        faults = await attempt(kill_at, "after")
-        if not faults.killed:
-            break
-    else:
-        pytest.fail(f"more than {MOST_STEPS} steps: {faults.steps}")
-    print(f"{len(faults.steps)} steps: {faults.steps}")
-    assert len(faults.steps) >= 4
+    undisturbed = await attempt(0, "after")
+    print(f"{len(undisturbed.steps)} steps: {undisturbed.steps}")
+    assert len(undisturbed.steps) >= 4
+    plans = [(number, "after") for number, _ in enumerate(undisturbed.steps, 1)]
     # Before a step is after the one before it, but for what the operator remembers; where it
     # reaches outside, that is tried as well.
-    for number, step in enumerate(faults.steps, 1):
-        if step.rsplit("/", 1)[-1] in EFFECTS:
-            assert (await attempt(number, "before")).killed
+    plans += [
+        (number, "before")
+        for number, step in enumerate(undisturbed.steps, 1)
+        if step.rsplit("/", 1)[-1] in EFFECTS
+    ]
+    for start in range(0, len(plans), AT_A_TIME):
+        outcomes = await asyncio.gather(
+            *(attempt(*one) for one in plans[start : start + AT_A_TIME])
+        )
+        # A write that an event of the cluster made unnecessary may leave the last step out.
+        assert all(one.killed or one.kill_at >= len(undisturbed.steps) - 1 for one in outcomes)
 
 
 async def test_a_dead_apiserver_is_waited_for(

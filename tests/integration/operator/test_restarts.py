@@ -72,6 +72,20 @@ async def test_a_recycle_that_does_not_help_is_followed_by_an_exit_in_place(worl
     assert restart["status"]["downtimeSeconds"] >= 0
 
 
+async def test_after_a_restart_that_did_not_help_the_cooldown_holds(world: World) -> None:
+    world.kubelet.scripts = lambda: leaking(after_restart_bytes=9 * GIB)
+    operator = await world.start()
+    await world.create(workload(residual=RESIDUAL, method="InPlace"))
+    (restart,) = await world.until_finished(timeout_seconds=60)
+    assert restart["status"]["outcome"] == "NotRecovered"
+    await asyncio.sleep(5)
+    assert [one["metadata"]["name"] for one in await world.restarts()] == [
+        restart["metadata"]["name"]
+    ]
+    assert len(world.kubelet.executed) == 1
+    assert 'restarts_blocked{reason="Cooldown"} 1.0' in (await operator.probe("/metrics"))[1]
+
+
 async def test_an_agent_that_cannot_recycle_is_restarted_in_place(world: World) -> None:
     world.kubelet.scripts = lambda: Script(residual_bytes=9 * GIB, recycle_status=501)
     await world.start()

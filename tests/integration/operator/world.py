@@ -56,7 +56,7 @@ class World:
         """Start an operator and wait until it leads."""
         operator = self.make(*flags, **options)
         await operator.start()
-        await eventually(operator.is_ready, "the operator is ready")
+        await eventually(operator.is_ready, "the operator is ready", 60)
         return operator
 
     async def create(self, body: Object) -> Object:
@@ -78,7 +78,7 @@ class World:
         found: Object | None = await self.client.find(APPS, "deployments", NAME)
         return found
 
-    async def until_condition(self, kind: str, status: str, timeout_seconds: float = 30) -> Object:
+    async def until_condition(self, kind: str, status: str, timeout_seconds: float = 60) -> Object:
         """Wait for a condition of the workload; returns the workload."""
 
         async def check() -> Object | None:

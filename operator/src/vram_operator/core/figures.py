@@ -30,6 +30,13 @@ def round_quantity(number_of_bytes: int) -> str:
     return format_quantity((number_of_bytes + QUANTUM_BYTES // 2) // QUANTUM_BYTES * QUANTUM_BYTES)
 
 
+def whole_mebibytes(number_of_bytes: int) -> str:
+    """Return bytes as a quantity that a person can read: from 1Mi on in whole Mi."""
+    if number_of_bytes < MIB:
+        return format_quantity(number_of_bytes)
+    return format_quantity((number_of_bytes + MIB // 2) // MIB * MIB)
+
+
 def whole_seconds(moment: datetime) -> datetime:
     """Return the moment as the API stores it: in whole seconds."""
     return moment.replace(microsecond=0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from msgspec import structs
-from vram_agent.protocol import Report, format_quantity
+from vram_agent.protocol import Report
 
 from vram_operator.api import (
     Attempt,
@@ -24,7 +24,7 @@ from vram_operator.api import (
     RestartOutcome,
 )
 from vram_operator.core.condition_list import Finding, find_condition, with_findings
-from vram_operator.core.figures import whole_seconds
+from vram_operator.core.figures import whole_mebibytes, whole_seconds
 from vram_operator.core.phases import next_rung
 from vram_operator.core.plan import Action, Blocked, EmitEvent, EventType
 from vram_operator.core.snapshot import Restart
@@ -140,8 +140,8 @@ def finish(visit: Visit, restart: Restart, end: End) -> Turn:
 def figures_of(report: Report) -> MemoryFigures:
     """Return what a report says of the pod's memory, as a status keeps it."""
     return MemoryFigures(
-        used=format_quantity(report.memory.used_bytes),
-        residual=format_quantity(report.memory.residual_bytes),
+        used=whole_mebibytes(report.memory.used_bytes),
+        residual=whole_mebibytes(report.memory.residual_bytes),
         boot_id=report.agent.boot_id,
     )
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from tests import cluster, models
 from tests.cluster import build
 from tests.e2e.system import System
+from tests.e2e.workloads import LEAKY, workload
 from tests.support.project_images import chart_values, project_image
 
 ROOT = Path(__file__).parents[2]
@@ -21,11 +23,19 @@ NAMESPACE = "models"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is here, and run it first but for the schedule, whose clock runs meanwhile."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.node)
             item.add_marker(pytest.mark.timeout(1200))
+
+    def place(item: pytest.Item) -> int:
+        if here not in item.path.parents:
+            return 1
+        return 2 if item.path.stem == "test_schedule" else 0
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +85,15 @@ def system(node: cluster.Cluster) -> System:
     )
     _add_models(installed)
     return installed
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scheduled(system: System) -> datetime:
+    """When the workload ``scheduled``, applied before all other tests, is due: in a minute."""
+    at = (datetime.now(UTC) + timedelta(seconds=80)).replace(second=0, microsecond=0)
+    restart = {"schedule": f"{at.minute} {at.hour} * * *", "timeZone": "Etc/UTC"}
+    system.apply(workload("scheduled", [LEAKY], restart))
+    return at
 
 
 def _add_models(system: System) -> None:

@@ -64,7 +64,7 @@ class System:
         found: Json = json.loads(self.kubectl("get", kind, name, "-o", "json"))
         return found
 
-    def list(self, kind: str, selector: str = "") -> list[Json]:
+    def items(self, kind: str, selector: str = "") -> list[Json]:
         arguments = ("get", kind, "-o", "json", *([f"--selector={selector}"] if selector else []))
         items: list[Json] = json.loads(self.kubectl(*arguments))["items"]
         return items
@@ -95,11 +95,26 @@ class System:
         """The one pod of a workload that is not on its way out."""
         pods = [
             pod
-            for pod in self.list("pods", f"vram.dev/workload={workload}")
+            for pod in self.items("pods", f"vram.dev/workload={workload}")
             if "deletionTimestamp" not in pod["metadata"]
         ]
         assert len(pods) == 1, [pod["metadata"]["name"] for pod in pods]
         return pods[0]
+
+    def container(self, workload: str) -> Json:
+        """The status of the agent's container in the workload's one pod."""
+        found: Json = self.pod(workload)["status"]["containerStatuses"][0]
+        return found
+
+    def restarts_of(self, workload: str) -> list[Json]:
+        return [item for item in self.items("gpr") if item["spec"]["workload"] == workload]
+
+    def finished(self, workload: str) -> Json | None:
+        """A restart of the workload that has an outcome."""
+        return next(
+            (one for one in self.restarts_of(workload) if one.get("status", {}).get("outcome")),
+            None,
+        )
 
     def request(self, workload: str, method: str, path: str, body: Json | None = None) -> Answer:
         """Ask the workload's pod; JSON to the serving port, or the control port for /report."""

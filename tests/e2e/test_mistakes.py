@@ -53,7 +53,7 @@ def test_a_schedule_that_does_not_parse_sets_accepted_false_and_does_nothing(
     condition = system.wait("Accepted=False", 30, refused)
     assert condition["reason"] == "InvalidSchedule"
     assert "61" in condition["message"]
-    assert not [gpr for gpr in system.list("gpr") if gpr["spec"]["workload"] == "unscheduled"]
+    assert not [gpr for gpr in system.items("gpr") if gpr["spec"]["workload"] == "unscheduled"]
     system.kubectl("delete", "gmw", "unscheduled")
 
 

@@ -1,11 +1,7 @@
-"""Restarts on a real kubelet: residual, scheduled, manual, blocked by a budget, killed half-way."""
+"""Restarts on a real kubelet: residual, manual, blocked by a budget, and killed half-way."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-from typing import Any
-
-import pytest
 from vram_agent.protocol import parse_quantity
 
 from tests.e2e.system import Json, System, find_condition, true_conditions
@@ -22,52 +18,24 @@ def leak(system: System, name: str, megabytes: int) -> None:
     assert answer.json()["outputs"][0]["data"] == [42.0]
 
 
-def restarts_of(system: System, name: str) -> list[Json]:
-    return [item for item in system.list("gpr") if item["spec"]["workload"] == name]
-
-
-def finished(system: System, name: str) -> Json | None:
-    done = [r for r in restarts_of(system, name) if r.get("status", {}).get("outcome")]
-    return done[0] if done else None
-
-
-def container(system: System, name: str) -> Json:
-    found: Json = system.pod(name)["status"]["containerStatuses"][0]
-    return found
-
-
-def in_a_minute() -> tuple[datetime, str]:
-    """The next minute that is at least 20 s ahead, and its cron expression in UTC."""
-    at = (datetime.now(UTC) + timedelta(seconds=80)).replace(second=0, microsecond=0)
-    return at, f"{at.minute} {at.hour} * * *"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scheduled(system: System) -> datetime:
-    """Applied first and looked at last: its container must run 630 s before it may exit."""
-    at, cron = in_a_minute()
-    system.apply(workload("scheduled", [LEAKY], {"schedule": cron, "timeZone": "Etc/UTC"}))
-    return at
-
-
 def test_a_residual_is_seen_and_the_pod_is_recycled(system: System) -> None:
     system.apply(workload("leaking", [LEAKY], RESIDUAL))
     system.wait_ready("leaking")
-    before = container(system, "leaking")
+    before = system.container("leaking")
     leak(system, "leaking", LEAKED_MEGABYTES)
-    restart = system.wait("a finished restart", 120, lambda: finished(system, "leaking"))
+    restart = system.wait("a finished restart", 120, lambda: system.finished("leaking"))
     status, spec = restart["status"], restart["spec"]
     assert status["outcome"] == "Recovered", restart
     assert spec["trigger"] == "Residual"
     assert "256Mi" in spec["reason"]
     assert [attempt["method"] for attempt in status["attempts"]] == ["Recycle"]
     assert parse_quantity(status["reclaimed"]) >= (LEAKED_MEGABYTES - 64) * MEBIBYTE
-    after = container(system, "leaking")
+    after = system.container("leaking")
     assert after["containerID"] == before["containerID"]
     assert after["restartCount"] == before["restartCount"]
     assert system.report("leaking")["memory"]["residualBytes"] < 256 * MEBIBYTE
     leak(system, "leaking", 1)
-    assert len(restarts_of(system, "leaking")) == 1
+    assert len(system.restarts_of("leaking")) == 1
     last = system.get("gmw", "leaking")["status"]["lastRestart"]
     assert last["name"] == restart["metadata"]["name"]
 
@@ -76,13 +44,13 @@ def test_an_operator_killed_in_the_middle_restarts_once(system: System) -> None:
     system.apply(workload("killed", [LEAKY], {**RESIDUAL, "cooldownSeconds": 660}))
     system.wait_ready("killed")
     leak(system, "killed", LEAKED_MEGABYTES)
-    system.wait("an open restart", 60, lambda: restarts_of(system, "killed") or None)
+    system.wait("an open restart", 60, lambda: system.restarts_of("killed") or None)
     system.cluster.kubectl(
         *("delete", "pods", "--namespace", "vram-system", "--all", "--grace-period=0", "--force")
     )
-    restart = system.wait("a finished restart", 180, lambda: finished(system, "killed"))
+    restart = system.wait("a finished restart", 180, lambda: system.finished("killed"))
     assert restart["status"]["outcome"] == "Recovered", restart
-    assert len(restarts_of(system, "killed")) == 1
+    assert len(system.restarts_of("killed")) == 1
     assert system.report("killed")["agent"]["epoch"] == 1
 
 
@@ -104,7 +72,7 @@ def test_a_budget_that_forbids_blocks_by_name_and_a_manual_restart_waits(system:
     system.kubectl("annotate", "gmw", "guarded", "vram.dev/restart=now")
 
     def blocked() -> Json | None:
-        for restart in restarts_of(system, "guarded"):
+        for restart in system.restarts_of("guarded"):
             condition = find_condition(restart, "Admitted")
             if condition.get("status") == "False" and "keep-guarded" in condition["message"]:
                 return restart
@@ -119,7 +87,7 @@ def test_a_budget_that_forbids_blocks_by_name_and_a_manual_restart_waits(system:
         lambda: "RestartBlocked" in true_conditions(system.get("gmw", "guarded")) or None,
     )
     system.kubectl("delete", "pdb", "keep-guarded")
-    done = system.wait("the restart once it may", 120, lambda: finished(system, "guarded"))
+    done = system.wait("the restart once it may", 120, lambda: system.finished("guarded"))
     assert done["status"]["outcome"] == "Recovered", done
     assert system.pod("guarded")["metadata"]["uid"] != uid
 
@@ -129,29 +97,8 @@ def test_deleting_a_workload_leaves_nothing(system: System) -> None:
 
     def gone() -> bool | None:
         kinds = "deployments,services,configmaps,pods,gpr"
-        names = {item["metadata"]["name"] for item in system.list(kinds)}
+        names = {item["metadata"]["name"] for item in system.items(kinds)}
         left = [n for n in names if n.startswith(("guarded", "leaking", "killed"))]
         return not left or None
 
     system.wait("what the operator made being collected", 90, gone)
-
-
-def test_a_scheduled_restart_exits_in_place_and_the_container_comes_back(
-    system: System, scheduled: datetime
-) -> None:
-    def waits() -> dict[str, Any] | None:
-        return next(iter(restarts_of(system, "scheduled")), None)
-
-    opened = system.wait("the scheduled restart", 180, waits)
-    assert opened["spec"]["trigger"] == "Scheduled"
-    assert opened["spec"]["scheduledTime"] == scheduled.strftime("%Y-%m-%dT%H:%M:%SZ")
-    before = container(system, "scheduled")
-    uid = system.pod("scheduled")["metadata"]["uid"]
-    restart = system.wait("its end", 800, lambda: finished(system, "scheduled"))
-    assert restart["status"]["outcome"] == "Recovered", restart
-    assert [attempt["method"] for attempt in restart["status"]["attempts"]] == ["InPlace"]
-    after = container(system, "scheduled")
-    assert system.pod("scheduled")["metadata"]["uid"] == uid
-    assert after["restartCount"] == before["restartCount"] + 1
-    assert after["lastState"]["terminated"]["exitCode"] == 0
-    assert len(restarts_of(system, "scheduled")) == 1

@@ -66,7 +66,8 @@ def describe_failure(error: AgentError) -> Failure:
 
 def raise_threads(threads: int) -> None:
     """Let the libraries use this many threads; until here they had one."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(threads)
     if "torch" in sys.modules:
         from vram_agent.engine.torch import set_threads  # noqa: PLC0415 - only where torch is
 

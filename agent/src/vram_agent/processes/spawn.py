@@ -38,10 +38,14 @@ def parse_cpu_quota(cpu_max: str) -> float | None:
 
 
 def count_threads(environment: Mapping[str, str], root: Path = Path("/")) -> int:
-    """Return the threads a GPU process may use: OMP_NUM_THREADS, else the usable CPUs."""
-    wanted = environment.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if wanted.isdigit() and int(wanted) > 0:
-        return int(wanted)
+    """Return the threads a GPU process may use.
+
+    OMP_NUM_THREADS, else MKL_NUM_THREADS, else the usable CPUs.
+    """
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        wanted = environment.get(name, "").partition(",")[0]
+        if wanted.isdigit() and int(wanted) > 0:
+            return int(wanted)
     cpus = len(os.sched_getaffinity(0))
     try:
         quota = parse_cpu_quota((root / "sys/fs/cgroup/cpu.max").read_text(encoding="ascii"))

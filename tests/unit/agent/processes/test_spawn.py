@@ -35,6 +35,11 @@ def test_threads_of_a_gpu_process(tmp_path: Path, variable: str, quota: str, thr
     assert count_threads({"OMP_NUM_THREADS": variable}, tmp_path) == threads
 
 
+def test_mkls_number_counts_where_openmps_is_not_set(tmp_path: Path) -> None:
+    assert count_threads({"MKL_NUM_THREADS": "5"}, tmp_path) == 5
+    assert count_threads({"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "5"}, tmp_path) == 3
+
+
 def test_without_a_cgroup_all_cpus_count(tmp_path: Path) -> None:
     assert count_threads({}, tmp_path) == len(os.sched_getaffinity(0))
 

@@ -11,7 +11,15 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from vram_agent.protocol import parse_quantity
@@ -88,6 +96,8 @@ class Metrics:
     """The operator's metrics in a registry of their own."""
 
     def __init__(self) -> None:
+        # A second series for each counter, with its birthday, which nobody asked for.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.state = _StateCollector()
         self.registry.register(self.state)

@@ -29,7 +29,7 @@ check: setup lint unit ## format, lint, types, architecture, generated files, un
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy agent/src operator/src tests demo
+	$(BIN)/mypy agent/src operator/src tests demo bench
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m vram_operator.crds --check
 

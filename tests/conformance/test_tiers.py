@@ -38,7 +38,7 @@ async def test_answers_are_the_same_bits_through_every_tier(
 
     # Host: no process, no device memory.
     await group.end_gpu()
-    assert group.gpu_pid is None
+    assert not group.gpu_pid
     assert group.memory().device_bytes == 0
     assert group.memory().host_bytes > 0
     await group.restore("m")

@@ -31,7 +31,6 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy agent/src operator/src tests demo bench
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m vram_operator.crds --check
 
 unit: setup
 	$(PYTEST) tests/unit

@@ -10,6 +10,10 @@ from vram_agent.processes.group import ProcessGroup
 from tests.conformance.cases import Case, bits_of, python_spec
 
 
+def processes_of(group: ProcessGroup) -> tuple[int | None, int | None]:
+    return group.template_pid, group.gpu_pid
+
+
 async def test_answers_are_the_same_bits_through_every_tier(
     group: ProcessGroup, case: Case
 ) -> None:
@@ -38,17 +42,16 @@ async def test_answers_are_the_same_bits_through_every_tier(
 
     # Host: no process, no device memory.
     await group.end_gpu()
-    assert not group.gpu_pid
+    assert processes_of(group)[1] is None
     assert group.memory().device_bytes == 0
     assert group.memory().host_bytes > 0
     await group.restore("m")
-    assert group.gpu_pid not in {None, pid}
+    assert processes_of(group)[1] not in {None, pid}
     assert bits_of(await group.run("m", case.task)) == bits_of(first)
 
     # Disk: nothing at all.
     await group.unload("m")
-    assert group.template_pid is None
-    assert group.gpu_pid is None
+    assert processes_of(group) == (None, None)
     assert group.memory().host_bytes == 0
     await group.load(case.spec)
     await group.restore("m")

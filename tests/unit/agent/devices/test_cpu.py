@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,14 +68,33 @@ def test_private_anonymous_memory_of(text: str, kib: int) -> None:
     assert parse_private_anonymous_bytes(text) == kib * 1024
 
 
-def test_a_live_process_is_measured_to_the_page() -> None:
-    before = measure_private_anonymous_bytes(os.getpid())
-    with mmap.mmap(-1, 32 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
-        block[:] = b"x" * len(block)
-        during = measure_private_anonymous_bytes(os.getpid())
+def test_a_live_process_is_measured() -> None:
+    script = """
+import mmap, sys
+block = mmap.mmap(-1, 32 * 1024**2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+print("small", flush=True)
+sys.stdin.readline()
+for page in range(0, len(block), mmap.PAGESIZE):
+    block[page] = 1
+print("large", flush=True)
+sys.stdin.readline()
+"""
+    # A process of its own: this one's other threads and caches come and go.
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == "small\n"
+        before = measure_private_anonymous_bytes(child.pid)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "large\n"
+        during = measure_private_anonymous_bytes(child.pid)
+        child.stdin.write("\n")
     assert before is not None
     assert during is not None
-    assert during - before == pytest.approx(32 * MIB, abs=2 * MIB)
+    assert during - before == pytest.approx(32 * MIB, abs=MIB)
 
 
 def test_a_process_that_has_ended_is_not_measured() -> None:

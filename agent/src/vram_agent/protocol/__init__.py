@@ -1,0 +1,120 @@
+"""The words that the agent, the operator and the custom resources share.
+
+Why it exists: a model, its residency and its report have one definition each, so that the CRD,
+the agent's config file and the operator's plan cannot drift apart. Called by everything; the
+operator imports this package and nothing else of the agent. It knows no I/O, no clock and no
+framework.
+
+Units: ``…_bytes`` are bytes, ``…_seconds`` are seconds, ``Quantity`` is a Kubernetes quantity
+string such as ``3Gi``. On the wire every name is camelCase.
+"""
+
+from __future__ import annotations
+
+from vram_agent.protocol.names import (
+    API_VERSION,
+    CONTROL_PORT,
+    CONTROL_PORT_ANNOTATION,
+    DEFAULT_PUBLIC_KEY_FILE,
+    MAX_TOKEN_LIFETIME_SECONDS,
+    REPORT_PROTOCOL,
+    RESTART_ANNOTATION,
+    SERVING_PORT,
+    STATE_DIRECTORY,
+    WORKLOAD_LABEL,
+    ActionState,
+    ActionStep,
+    AfterTask,
+    AgentMode,
+    DeviceKind,
+    DevicePreference,
+    DnsLabel,
+    LoadPolicy,
+    ModelState,
+    OffloadTier,
+    ResidualSource,
+    Runtime,
+    Tier,
+)
+from vram_agent.protocol.quantity import (
+    InvalidQuantityError,
+    Quantity,
+    format_quantity,
+    parse_quantity,
+)
+from vram_agent.protocol.report import (
+    ActionReport,
+    AgentIdentity,
+    DeviceReport,
+    MemoryClasses,
+    MemoryReport,
+    ModelReport,
+    PodIdentity,
+    Report,
+    RestartRequest,
+    Transition,
+)
+from vram_agent.protocol.spec import (
+    AgentConfig,
+    ConfigMetadata,
+    ControlPolicy,
+    DrainPolicy,
+    HostMemoryPolicy,
+    Limits,
+    Listen,
+    ModelSpec,
+    QueuePolicy,
+    Residency,
+    VramPolicy,
+)
+
+__all__ = [
+    "API_VERSION",
+    "CONTROL_PORT",
+    "CONTROL_PORT_ANNOTATION",
+    "DEFAULT_PUBLIC_KEY_FILE",
+    "MAX_TOKEN_LIFETIME_SECONDS",
+    "REPORT_PROTOCOL",
+    "RESTART_ANNOTATION",
+    "SERVING_PORT",
+    "STATE_DIRECTORY",
+    "WORKLOAD_LABEL",
+    "ActionReport",
+    "ActionState",
+    "ActionStep",
+    "AfterTask",
+    "AgentConfig",
+    "AgentIdentity",
+    "AgentMode",
+    "ConfigMetadata",
+    "ControlPolicy",
+    "DeviceKind",
+    "DevicePreference",
+    "DeviceReport",
+    "DnsLabel",
+    "DrainPolicy",
+    "HostMemoryPolicy",
+    "InvalidQuantityError",
+    "Limits",
+    "Listen",
+    "LoadPolicy",
+    "MemoryClasses",
+    "MemoryReport",
+    "ModelReport",
+    "ModelSpec",
+    "ModelState",
+    "OffloadTier",
+    "PodIdentity",
+    "Quantity",
+    "QueuePolicy",
+    "Report",
+    "Residency",
+    "ResidualSource",
+    "RestartRequest",
+    "Runtime",
+    "Tier",
+    "Transition",
+    "VramPolicy",
+    "format_quantity",
+    "parse_quantity",
+]

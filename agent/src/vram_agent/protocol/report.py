@@ -1,0 +1,138 @@
+"""What programs exchange: ``GET /report`` and the control calls. Pure.
+
+Everything is written, and unknown fields are ignored, so that agent and operator may differ in
+version.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct, field
+
+from vram_agent.protocol.names import (
+    REPORT_PROTOCOL,
+    ActionState,
+    ActionStep,
+    AgentMode,
+    DeviceKind,
+    ModelState,
+    ResidualSource,
+    Runtime,
+    Tier,
+)
+
+
+class _Wire(Struct, rename="camel", frozen=True, kw_only=True):
+    """Base of what programs exchange: everything is written, unknown fields are ignored."""
+
+
+class PodIdentity(_Wire, frozen=True, kw_only=True):
+    """The pod an agent runs in; empty outside Kubernetes."""
+
+    namespace: str = ""
+    name: str = ""
+    uid: str = ""
+
+
+class AgentIdentity(_Wire, frozen=True, kw_only=True):
+    """Which agent speaks. ``boot_id`` changes with PID 1, ``epoch`` counts recycles."""
+
+    version: str
+    mode: AgentMode
+    boot_id: str = field(name="bootID")
+    epoch: int
+    started_at: str
+    pod: PodIdentity
+
+
+class DeviceReport(_Wire, frozen=True, kw_only=True):
+    """One device as the driver sees it."""
+
+    uuid: str
+    index: int
+    kind: DeviceKind
+    total_bytes: int
+    used_bytes: int
+    exclusive: bool
+
+
+class MemoryClasses(_Wire, frozen=True, kw_only=True):
+    """The residual by what holds it; each class has its own remedy."""
+
+    live_tensors: int = 0
+    allocator_cache: int = 0
+    runtime_arena: int = 0
+    context_and_libraries: int = 0
+    other_processes: int = 0
+    unattributed: int = 0
+
+
+class MemoryReport(_Wire, frozen=True, kw_only=True):
+    """Device memory that the pod holds, and what of it is no resident model."""
+
+    source: ResidualSource
+    used_bytes: int
+    model_bytes: int
+    residual_bytes: int
+    host_bytes: int
+    classes: MemoryClasses
+
+
+class Transition(_Wire, frozen=True, kw_only=True):
+    """The last change of a model's state; ``message`` says what was unusual about it."""
+
+    kind: str
+    seconds: float
+    at: str
+    message: str = ""
+
+
+class ModelReport(_Wire, frozen=True, kw_only=True):
+    """One model as the supervisor knows it."""
+
+    name: str
+    runtime: Runtime
+    state: ModelState
+    tier: Tier
+    vram_bytes: int
+    host_bytes: int
+    in_flight: int
+    queued: int
+    last_used_at: str | None = None
+    last_transition: Transition | None = None
+    error: str | None = None
+
+
+class ActionReport(_Wire, frozen=True, kw_only=True):
+    """The last Recycle or InPlace that the agent was asked for."""
+
+    restart_id: str = field(name="restartID")
+    step: ActionStep
+    state: ActionState
+    at: str
+    message: str = ""
+
+
+class Report(_Wire, frozen=True, kw_only=True):
+    """What an agent says of itself at ``GET /report``."""
+
+    agent: AgentIdentity
+    sequence: int
+    observed_at: str
+    config_generation: int
+    devices: list[DeviceReport]
+    memory: MemoryReport
+    models: list[ModelReport]
+    idle: bool
+    idle_since: str | None
+    draining: bool
+    action: ActionReport | None = None
+    protocol: str = REPORT_PROTOCOL
+
+
+class RestartRequest(_Wire, frozen=True, kw_only=True):
+    """Body of ``POST /recycle`` and ``POST /restart``."""
+
+    restart_id: Annotated[str, Meta(min_length=1, max_length=253)] = field(name="restartID")
+    drain_timeout_seconds: Annotated[int, Meta(ge=0, le=86_400)] = 300

@@ -1,0 +1,202 @@
+"""What a person writes: shared by GPUModelWorkload.spec and the agent's config file. Pure.
+
+Unknown fields are errors. The descriptions become the CRD's, and so what ``kubectl explain`` says.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field
+
+from vram_agent.protocol.names import (
+    CONTROL_PORT,
+    DEFAULT_PUBLIC_KEY_FILE,
+    SERVING_PORT,
+    AfterTask,
+    DevicePreference,
+    DnsLabel,
+    LoadPolicy,
+    OffloadTier,
+    Runtime,
+)
+from vram_agent.protocol.quantity import Quantity
+
+
+class _Spec(
+    Struct,
+    rename="camel",
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+):
+    """Base of what a person writes: unknown fields are errors, defaults stay unwritten."""
+
+
+class Residency(_Spec, frozen=True, kw_only=True):
+    """When a model is in VRAM, and where it goes when it is not."""
+
+    load: Annotated[
+        LoadPolicy,
+        Meta(description="Lazy: at the first request. Eager: when the agent starts."),
+    ] = LoadPolicy.LAZY
+    after_task: Annotated[
+        AfterTask,
+        Meta(
+            description="What happens when the last task has ended: Offload moves the weights to "
+            "offloadTier at once, Keep leaves them in VRAM until the idle timeout or an eviction."
+        ),
+    ] = AfterTask.OFFLOAD
+    offload_tier: Annotated[
+        OffloadTier,
+        Meta(
+            description="Where the weights go after a task. PinnedHost: page-locked host memory of "
+            "a live GPU process, whose CUDA context stays. Host: shared host memory, no GPU "
+            "process, zero VRAM. Disk: nothing is kept."
+        ),
+    ] = OffloadTier.PINNED_HOST
+    idle_timeout_seconds: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=31_536_000,
+            description="Unused for this many seconds, a model sinks to idleTier. 0: never.",
+        ),
+    ] = 600
+    idle_tier: Annotated[
+        OffloadTier,
+        Meta(description="Where an idle model sinks to; see offloadTier for the tiers."),
+    ] = OffloadTier.HOST
+
+
+class ModelSpec(_Spec, frozen=True, kw_only=True):
+    """One model: what it is, where it comes from and when it is in VRAM."""
+
+    name: Annotated[DnsLabel, Meta(description="Name in every API and metric; a DNS label.")]
+    runtime: Annotated[Runtime, Meta(description="The library that loads and runs the model.")]
+    source: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=1024,
+            description="A path in the pod, or a hub name that the runtime understands. For the "
+            "runtime Python: module:factory.",
+        ),
+    ]
+    options: Annotated[
+        dict[str, Any],
+        Meta(description="Passed to the runtime's loader; each runtime documents its own."),
+    ] = field(default_factory=dict)
+    vram: Annotated[
+        Quantity,
+        Meta(description="Expected peak of VRAM; learned from the first load when absent."),
+    ] = ""
+    group: Annotated[
+        str,
+        Meta(
+            max_length=63,
+            description="Models of one group share one GPU process; empty: a process of its own.",
+        ),
+    ] = ""
+    device: Annotated[
+        str,
+        Meta(
+            max_length=8,
+            pattern="^([0-9]+)?$",
+            description="Index among the pod's devices; empty: placed by free VRAM.",
+        ),
+    ] = ""
+    priority: Annotated[
+        int,
+        Meta(
+            ge=-1_000_000, le=1_000_000, description="Models of higher priority are evicted later."
+        ),
+    ] = 0
+    residency: Annotated[
+        Residency, Meta(description="When the model is in VRAM, and where it goes when it is not.")
+    ] = field(default_factory=Residency)
+
+
+class VramPolicy(_Spec, frozen=True, kw_only=True):
+    """How much VRAM the models of one pod may hold."""
+
+    budget: Annotated[
+        Quantity,
+        Meta(description="Most VRAM that this pod's models may hold; empty: the devices' total."),
+    ] = ""
+    headroom: Annotated[Quantity, Meta(description="VRAM kept free on each device.")] = "512Mi"
+    warn_above: Annotated[
+        Quantity,
+        Meta(description="Above this use of VRAM the condition VRAMHigh is set; empty: never."),
+    ] = ""
+
+
+class HostMemoryPolicy(_Spec, frozen=True, kw_only=True):
+    """How much host memory offloaded weights may take."""
+
+    budget: Annotated[
+        Quantity,
+        Meta(description="Most host memory for weights; empty: 80 % of the container's limit."),
+    ] = ""
+
+
+class QueuePolicy(_Spec, frozen=True, kw_only=True):
+    """How many requests wait for a model, and how long."""
+
+    max_depth: Annotated[
+        int,
+        Meta(ge=1, le=100_000, description="Most waiting requests of one model; beyond: 429."),
+    ] = 256
+    timeout_seconds: Annotated[
+        int, Meta(ge=1, le=86_400, description="Longest wait of a request; beyond: 504.")
+    ] = 300
+
+
+class Listen(_Spec, frozen=True, kw_only=True):
+    """Addresses the agent listens on, ``host:port``; port 0 takes a free one."""
+
+    serving: str = f"0.0.0.0:{SERVING_PORT}"
+    control: str = f"0.0.0.0:{CONTROL_PORT}"
+
+
+class ControlPolicy(_Spec, frozen=True, kw_only=True):
+    """Whose control calls an agent obeys."""
+
+    public_key_file: str = DEFAULT_PUBLIC_KEY_FILE
+    allow_unsigned: bool = False
+
+
+class Limits(_Spec, frozen=True, kw_only=True):
+    """Bounds on what one request may bring."""
+
+    request_bytes: Quantity = "64Mi"
+
+
+class DrainPolicy(_Spec, frozen=True, kw_only=True):
+    """How long accepted requests may take once the agent is told to stop."""
+
+    grace_seconds: Annotated[int, Meta(ge=0, le=86_400)] = 25
+
+
+class ConfigMetadata(_Spec, frozen=True, kw_only=True):
+    """What the writer of a config says of it."""
+
+    generation: Annotated[int, Meta(ge=0)] = 0
+
+
+class AgentConfig(_Spec, frozen=True, kw_only=True):
+    """The agent's whole configuration, as in its file and in ``PUT /config``."""
+
+    api_version: Literal["vram.dev/v1alpha1"] = "vram.dev/v1alpha1"
+    kind: Literal["AgentConfig"] = "AgentConfig"
+    metadata: ConfigMetadata = field(default_factory=ConfigMetadata)
+    models: list[ModelSpec] = field(default_factory=list)
+    vram: VramPolicy = field(default_factory=VramPolicy)
+    host_memory: HostMemoryPolicy = field(default_factory=HostMemoryPolicy)
+    queue: QueuePolicy = field(default_factory=QueuePolicy)
+    device: DevicePreference = DevicePreference.AUTO
+    listen: Listen = field(default_factory=Listen)
+    control: ControlPolicy = field(default_factory=ControlPolicy)
+    limits: Limits = field(default_factory=Limits)
+    drain: DrainPolicy = field(default_factory=DrainPolicy)

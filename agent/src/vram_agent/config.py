@@ -22,14 +22,26 @@ from vram_agent.protocol import (
     STATE_DIRECTORY,
     AgentConfig,
     DevicePreference,
+    DnsLabel,
     Listen,
     ModelSpec,
     OffloadTier,
     PodIdentity,
+    Quantity,
     Runtime,
 )
 
 _MAX_PORT: Final = 65_535
+
+
+def _pattern_of(kind: Any) -> str | None:
+    info = msgspec.inspect.type_info(kind)
+    info = info.type if isinstance(info, msgspec.inspect.Metadata) else info
+    return info.pattern if isinstance(info, msgspec.inspect.StrType) else None
+
+
+_QUANTITY_PATTERN: Final = _pattern_of(Quantity)
+_LABEL_PATTERN: Final = _pattern_of(DnsLabel)
 
 
 class ConfigError(Exception):
@@ -258,11 +270,29 @@ def _explain(error: msgspec.ValidationError, info: msgspec.inspect.Type, value: 
     message = str(error).partition(" - at ")[0]
     if isinstance(info, msgspec.inspect.Metadata):
         info = info.type
+    if isinstance(info, msgspec.inspect.LiteralType):
+        return f"{value!r} is not {' or '.join(map(str, info.values))}"
     if isinstance(info, msgspec.inspect.EnumType):
         words = [str(member.value) for member in info.cls]
         near = difflib.get_close_matches(str(value), words, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{value!r} is not one of {', '.join(words)}{hint}"
-    if isinstance(info, msgspec.inspect.StrType) and isinstance(value, str):
-        return f"{value!r}: {message}"
+    if isinstance(info, msgspec.inspect.StrType):
+        return _explain_text(message, info, value)
     return message
+
+
+def _explain_text(message: str, info: msgspec.inspect.StrType, value: Any) -> str:
+    """Say what to write instead of the pattern that the value does not match."""
+    if info.pattern == _QUANTITY_PATTERN and not isinstance(value, bool | None):
+        if isinstance(value, int) and value >= 0:
+            return f'{value}: a number; write it as text, "{value}", or as 10G or 512Mi'
+        return f"{value!r}: not a quantity; write for example 10G or 512Mi"
+    if not isinstance(value, str):
+        return message
+    if info.pattern == _LABEL_PATTERN:
+        return (
+            f"{value!r}: not a name; write 1 to 63 of a-z, 0-9 and -, "
+            "with a letter or digit at both ends"
+        )
+    return f"{value!r}: {message}"

@@ -68,6 +68,30 @@ def model(**fields: Any) -> dict[str, Any]:
             id="a bound is named",
         ),
         pytest.param(
+            {"vram": {"budget": "10GB", "headroom": -3, "warnAbove": 1024}},
+            [
+                "vram.budget: '10GB': not a quantity; write for example 10G or 512Mi",
+                "vram.headroom: -3: not a quantity; write for example 10G or 512Mi",
+                'vram.warnAbove: 1024: a number; write it as text, "1024", or as 10G or 512Mi',
+            ],
+            id="a quantity is shown, not its pattern",
+        ),
+        pytest.param(
+            model(name="A_b"),
+            [
+                (
+                    "models[0].name: 'A_b': not a name; write 1 to 63 of a-z, 0-9 and -, "
+                    "with a letter or digit at both ends"
+                )
+            ],
+            id="a name is described, not its pattern",
+        ),
+        pytest.param(
+            {"kind": "Foo", "apiVersion": "v2"},
+            ["apiVersion: 'v2' is not vram.dev/v1alpha1", "kind: 'Foo' is not AgentConfig"],
+            id="kind and version are said",
+        ),
+        pytest.param(
             {"queue": {"maxDepth": "many"}},
             ["queue.maxDepth: Expected `int`, got `str`"],
             id="a number is not a word",

@@ -257,6 +257,8 @@ class Supervisor:
                 command = cell.commands.popleft()
                 if command.kind is CommandKind.LOAD:
                     cell.keep_alive_seconds = _KEEP
+                elif command.kind is CommandKind.UNLOAD:
+                    self._transitions.reset(cell, Reason.CALLED)
                 command.settle()
             case _:
                 self._transitions.begin(step)
@@ -283,8 +285,6 @@ class Supervisor:
         verdict = self._transitions.settle(outcome)
         if verdict is not None:
             self._turn_away(cell, verdict)
-        elif step.kind is StepKind.UNLOAD and step.reason is Reason.CALLED:
-            self._transitions.reset(cell)
         self._pump()
 
     def _turn_away(self, cell: ModelCell, error: AgentError) -> None:

@@ -45,7 +45,7 @@ class Event(StrEnum):
     REFUSED = "Refused"
     """The model fits nowhere, or its restores kept dying; it is not tried on for now."""
     RESET = "Reset"
-    """A new config gives a failed model a new chance."""
+    """A new config, or an unload by hand, gives a failed model a new chance."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from vram_agent.backend import GroupBackend
 from vram_agent.config import find_faults
 from vram_agent.core.lifecycle import ABSENT
-from vram_agent.core.pool import CommandKind
+from vram_agent.core.pool import CommandKind, Reason
 from vram_agent.errors import BadInputError, NoSuchModelError
 from vram_agent.protocol import AgentConfig, LoadPolicy, ModelSpec, OffloadTier
 from vram_agent.supervision.fleet import Fleet, ModelCell, PendingCommand, group_name
@@ -63,7 +63,7 @@ class Reconfiguration:
                 cell.is_retiring, cell.next_spec = True, spec
             else:
                 cell.spec = spec
-                self._transitions.reset(cell)
+                self._transitions.reset(cell, Reason.CONFIG_CHANGED)
         fleet.config = config
         for cell in list(fleet.models.values()):
             if cell.name not in wanted:

@@ -141,11 +141,11 @@ class Transitions:
         if not group.is_moving and all(m.residence.tier is Tier.DISK for m in members):
             group.device = ""
 
-    def reset(self, cell: ModelCell) -> None:
+    def reset(self, cell: ModelCell, reason: Reason) -> None:
         """Give a failed model a new chance."""
         cell.note_success()
         if cell.residence == Residence(ModelState.FAILED, Tier.DISK):
-            self._commit(cell, Event.RESET, (Reason.CONFIG_CHANGED, "reset", 0.0))
+            self._commit(cell, Event.RESET, (reason, "reset", 0.0))
 
     def _begin_leaving(self, step: Step, cell: ModelCell) -> None:
         leaving = [

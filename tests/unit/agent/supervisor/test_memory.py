@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from vram_agent.errors import NoVramError
+from vram_agent.errors import ModelFailedError, NoVramError
 from vram_agent.protocol import (
     AfterTask,
     HostMemoryPolicy,
@@ -232,6 +232,19 @@ async def test_a_model_loaded_by_hand_stays_and_one_unloaded_by_hand_loads_again
     assert rig.state("a") == "Resident/VRAM"
     report = await rig.supervisor.unload("a")
     assert (report.state, report.tier, report.vram_bytes) == ("Absent", "Disk", 0)
+    assert await rig.ask("a")
+
+
+async def test_a_failed_model_unloaded_by_hand_is_absent_and_tried_at_its_next_request(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a"))
+    rig.backend.script.fail("load", "a", ModelFailedError("no such file: /models/a"))
+    with pytest.raises(ModelFailedError):
+        await rig.ask("a")
+    assert rig.state("a") == "Failed/Disk"
+    report = await rig.supervisor.unload("a")
+    assert (report.state, report.tier, report.error) == ("Absent", "Disk", None)
     assert await rig.ask("a")
 
 

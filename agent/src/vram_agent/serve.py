@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ from vram_agent.supervision.ports import LoopClock, Surroundings
 from vram_agent.supervision.reaper import keep_reaping
 from vram_agent.supervisor import Supervisor
 
+_MAX_OPEN_FILES = 65_536
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _log = structlog.get_logger("vram_agent.serve")
 
@@ -47,7 +49,22 @@ def serve_command(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     configure_logs(options.log_format or default_format())
+    ensure_open_files()
     return asyncio.run(serve(config, Settings.from_environment(os.environ)))
+
+
+def ensure_open_files(wanted: int = _MAX_OPEN_FILES) -> int:
+    """Let this process open as many files as it may; return how many. Idempotent.
+
+    A connection is a file, and the usual soft limit of 1024 is there for select(2) alone:
+    https://0pointer.net/blog/file-descriptor-limits.html
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
 
 
 async def serve(config: AgentConfig, settings: Settings) -> int:

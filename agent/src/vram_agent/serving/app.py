@@ -20,11 +20,13 @@ from vram_agent.serving.context import (
     DECODER,
     LIMITS,
     METRICS,
+    PLACES,
     SERVER,
     STARTED_AT,
-    RequestLimits,
 )
+from vram_agent.serving.limits import RequestLimits
 from vram_agent.serving.middleware import errors_as_answers, request_metrics
+from vram_agent.serving.places import Places
 
 # Draining is the supervisor's and comes first; this is for answers that are still being written.
 _CLOSE_SECONDS = 5.0
@@ -117,6 +119,7 @@ def _serving_app(
     app[SERVER] = server
     app[LIMITS] = limits
     app[METRICS] = metrics
+    app[PLACES] = Places(limits)
     app[DECODER] = AudioDecoder()
     app[STARTED_AT] = int(time.time())
     app.on_response_prepare.append(_hide_version)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import mmap
 import os
 import re
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from typing import BinaryIO, cast
 
 from vram_agent.backend import Tensor
-from vram_agent.errors import BadInputError, TooLargeError
+from vram_agent.errors import AgentError, BadInputError, TooLargeError
 from vram_agent.serving import wav
 
 SAMPLE_RATE_HZ = 16_000
@@ -31,6 +32,7 @@ _BYTES_PER_SECOND = SAMPLE_RATE_HZ * 4
 _MAX_CONCURRENT_DECODES = 4
 _FAST_PATH_SECONDS = 60  # beyond, ffmpeg is quicker than Python, and leaves the event loop alone
 _STDERR_TAIL_BYTES = 4096
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 # Formats of one self-contained file. Playlists and scripts (hls, dash, concat, sdp …) are left out:
 # they make ffmpeg open other files and URLs, with this pod's rights.
@@ -51,6 +53,40 @@ def open_scratch() -> BinaryIO:
         return cast("BinaryIO", tempfile.TemporaryFile(prefix="vram-agent-"))
     except OSError:  # a read-only root filesystem without an emptyDir at /tmp
         return os.fdopen(os.memfd_create("vram-agent-scratch"), "w+b")
+
+
+class ScratchFullError(AgentError):
+    """There is no room for an upload where temporary files lie."""
+
+    status = 503
+    code = "scratch_full"
+
+    def __init__(
+        self, message: str | None = None, *, retry_after_seconds: float | None = 5.0
+    ) -> None:
+        super().__init__(
+            message
+            or f"no space left in {tempfile.gettempdir()} for the upload; free some, or mount a "
+            "larger emptyDir there",
+            retry_after_seconds=retry_after_seconds,
+        )
+
+
+def write_scratch(file: BinaryIO, data: bytes) -> None:
+    """Write through to the file. Blocks. Raises ScratchFullError."""
+    try:
+        file.write(data)
+        file.flush()
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise ScratchFullError from error
+        raise
+
+
+def close_scratch(file: BinaryIO) -> None:
+    """Close a file whose content nobody needs any more, whatever could not be written of it."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 def find_ffmpeg() -> str | None:
@@ -151,6 +187,8 @@ class AudioDecoder:
         finally:
             await _ensure_ended(process)
         if code != 0:
+            if os.strerror(errno.ENOSPC).encode() in tail:
+                raise ScratchFullError
             raise BadInputError(f"no audio could be read: {_last_line(tail)}", param="file")
 
     def _command(self) -> list[str]:

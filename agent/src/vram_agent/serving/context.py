@@ -9,28 +9,14 @@ from __future__ import annotations
 from aiohttp import web
 
 from vram_agent.metrics import AgentMetrics
-from vram_agent.protocol import AgentConfig, parse_quantity
 from vram_agent.serving.audio import AudioDecoder
 from vram_agent.serving.base import ModelServer
-
-_DEFAULT_REQUEST_BYTES = 64 * 1024**2
-
-
-class RequestLimits:
-    """The bounds on one request as the config in force sets them; ``PUT /config`` moves them."""
-
-    def __init__(self, config: AgentConfig) -> None:
-        self.request_bytes = _DEFAULT_REQUEST_BYTES
-        self.apply(config)
-
-    def apply(self, config: AgentConfig) -> None:
-        """Take the limits of a config that was accepted; an empty quantity is the default."""
-        quantity = config.limits.request_bytes
-        self.request_bytes = parse_quantity(quantity) if quantity else _DEFAULT_REQUEST_BYTES
-
+from vram_agent.serving.limits import RequestLimits
+from vram_agent.serving.places import Places
 
 SERVER: web.AppKey[ModelServer] = web.AppKey("server", ModelServer)
 LIMITS: web.AppKey[RequestLimits] = web.AppKey("limits", RequestLimits)
+PLACES: web.AppKey[Places] = web.AppKey("places", Places)
 METRICS: web.AppKey[AgentMetrics] = web.AppKey("metrics", AgentMetrics)
 DECODER: web.AppKey[AudioDecoder] = web.AppKey("decoder", AudioDecoder)
 STARTED_AT: web.AppKey[int] = web.AppKey("started_at", int)

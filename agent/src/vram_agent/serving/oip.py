@@ -20,7 +20,7 @@ from vram_agent.backend import Task, TaskKind, TaskResult, TensorSpec
 from vram_agent.errors import BadInputError
 from vram_agent.protocol import Runtime
 from vram_agent.serving.answers import json_answer
-from vram_agent.serving.context import LIMITS, SERVER
+from vram_agent.serving.context import LIMITS, PLACES, SERVER
 from vram_agent.serving.requests import (
     decode_json,
     ensure_offered,
@@ -146,6 +146,11 @@ async def model_ready(request: web.Request) -> web.Response:
 
 async def infer(request: web.Request) -> web.Response:
     """``POST /v2/models/{m}/infer``."""
+    with request.app[PLACES].take():
+        return await _infer(request)
+
+
+async def _infer(request: web.Request) -> web.Response:
     keep_alive = keep_alive_seconds(request)
     view = requested_model(request, request.match_info["m"])
     ensure_offered(request.app[SERVER], view, TaskKind.INFER)

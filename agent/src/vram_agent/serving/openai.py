@@ -22,7 +22,7 @@ from vram_agent.serving import transcripts
 from vram_agent.serving.answers import json_answer
 from vram_agent.serving.audio import SAMPLE_RATE_HZ
 from vram_agent.serving.base import ModelView
-from vram_agent.serving.context import DECODER, SERVER, STARTED_AT
+from vram_agent.serving.context import DECODER, PLACES, SERVER, STARTED_AT
 from vram_agent.serving.requests import (
     ensure_offered,
     keep_alive_seconds,
@@ -90,12 +90,14 @@ async def get_model(request: web.Request) -> web.Response:
 
 async def transcribe(request: web.Request) -> web.Response:
     """``POST /v1/audio/transcriptions``."""
-    return await _answer(request, TaskKind.TRANSCRIBE)
+    with request.app[PLACES].take():
+        return await _answer(request, TaskKind.TRANSCRIBE)
 
 
 async def translate(request: web.Request) -> web.Response:
     """``POST /v1/audio/translations``: into English."""
-    return await _answer(request, TaskKind.TRANSLATE)
+    with request.app[PLACES].take():
+        return await _answer(request, TaskKind.TRANSLATE)
 
 
 async def _answer(request: web.Request, kind: TaskKind) -> web.Response:

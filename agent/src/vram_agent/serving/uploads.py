@@ -15,7 +15,7 @@ from typing import BinaryIO
 from aiohttp import BodyPartReader, web
 
 from vram_agent.errors import BadInputError
-from vram_agent.serving.audio import open_scratch
+from vram_agent.serving.audio import close_scratch, open_scratch, write_scratch
 from vram_agent.serving.context import LIMITS
 from vram_agent.serving.requests import ensure_size
 
@@ -50,7 +50,7 @@ async def receive_form(request: web.Request) -> AsyncIterator[Form]:
         yield form
     finally:
         if form.file is not None:
-            form.file.close()
+            close_scratch(form.file)
 
 
 async def _receive(request: web.Request, form: Form) -> None:
@@ -101,7 +101,6 @@ async def _receive_file(request: web.Request, part: BodyPartReader, file: Binary
             await _write(file, bytes(waiting))
             waiting.clear()
     await _write(file, bytes(waiting))
-    file.flush()
 
 
 async def _chunks(request: web.Request, part: BodyPartReader) -> AsyncIterator[bytes]:
@@ -113,7 +112,7 @@ async def _chunks(request: web.Request, part: BodyPartReader) -> AsyncIterator[b
 
 async def _write(file: BinaryIO, data: bytes) -> None:
     """Write off the event loop. A cancelled call waits for the write: the file is closed next."""
-    writing = asyncio.ensure_future(asyncio.to_thread(file.write, data))
+    writing = asyncio.ensure_future(asyncio.to_thread(write_scratch, file, data))
     try:
         await asyncio.shield(writing)
     except asyncio.CancelledError:

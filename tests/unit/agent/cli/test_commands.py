@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ from vram_agent.protocol import (
     Tier,
 )
 from vram_agent.report import format_bytes, format_report
-from vram_agent.serve import read_memory_limit
+from vram_agent.serve import ensure_open_files, read_memory_limit
 from vram_agent.supervision import reaper
 
 GIB = 1 << 30
@@ -215,3 +216,21 @@ def test_nothing_that_serves_imports_a_model_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        pytest.param((1024, 4096), 4096, id="as many as it may"),
+        pytest.param((1024, resource.RLIM_INFINITY), 65_536, id="no more than it needs"),
+        pytest.param((100_000, 200_000), 100_000, id="never fewer than it had"),
+    ],
+)
+def test_serve_opens_as_many_files_as_it_may(
+    limits: tuple[int, int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [limits]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: now[0])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: now.__setitem__(0, wanted))
+    assert ensure_open_files() == expected
+    assert now[0] == (expected, limits[1])

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import aiohttp
 import pytest
 from vram_agent.metrics import AgentMetrics
-from vram_agent.protocol import AgentConfig, ControlPolicy, Limits, Listen, PodIdentity
+from vram_agent.protocol import (
+    AgentConfig,
+    ControlPolicy,
+    Limits,
+    Listen,
+    PodIdentity,
+    QueuePolicy,
+)
 from vram_agent.serving.app import RunningServers, start_servers
 
 from tests.support.server import FakeModelServer
@@ -42,12 +49,14 @@ async def start_agent() -> AsyncIterator[StartAgent]:
         server: FakeModelServer | None = None,
         *,
         request_bytes: str = "64Mi",
+        max_depth: int = 256,
         control: ControlPolicy | None = None,
         pod_uid: str = "pod-uid",
     ) -> Agent:
         config = AgentConfig(
             listen=ANY_PORT,
             limits=Limits(request_bytes=request_bytes),
+            queue=QueuePolicy(max_depth=max_depth),
             control=control or ControlPolicy(public_key_file="/nonexistent/keys.pem"),
         )
         server = server or FakeModelServer()

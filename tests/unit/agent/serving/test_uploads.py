@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import io
 import re
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import aiohttp
 import pytest
+from vram_agent.serving import uploads
+from vram_agent.serving.audio import ScratchFullError, close_scratch, write_scratch
 
 from tests.unit.agent.serving.conftest import Agent, StartAgent
 
@@ -176,3 +181,60 @@ async def test_a_form_beyond_its_parts_counts_as_a_whole(start_agent: StartAgent
     data.add_field("language", "y" * 600)
     async with agent.session.post(agent.serving(TRANSCRIPTIONS), data=data) as answer:
         assert answer.status == 413
+
+
+async def test_an_upload_that_finds_no_space_is_told_so_and_the_next_one_is_served(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_full() -> BinaryIO:
+        return Path("/dev/full").open("r+b", buffering=0)
+
+    form = HEAD + b"RIFF" + bytes(2 * MEBIBYTE) + b"\r\n--b--\r\n"
+    url = agent.serving(TRANSCRIPTIONS)
+    with monkeypatch.context() as patched:
+        patched.setattr(uploads, "open_scratch", open_full)
+        async with agent.session.post(url, data=io.BytesIO(form), headers=FORM) as answer:
+            assert answer.status == 503
+            assert answer.headers["Retry-After"] == "5"
+            error = (await answer.json())["error"]
+    assert error["code"] == "scratch_full"
+    assert f"no space left in {tempfile.gettempdir()}" in error["message"]
+    async with agent.session.post(url, data=io.BytesIO(form), headers=FORM) as answer:
+        assert answer.status == 400  # received whole: zeros are no audio
+
+
+def test_what_could_not_be_written_does_not_hinder_closing() -> None:
+    file = cast("BinaryIO", Path("/dev/full").open("r+b"))  # noqa: SIM115 - closing is the test
+    with pytest.raises(ScratchFullError):
+        write_scratch(file, b"x")
+    close_scratch(file)
+    assert file.closed
+
+
+async def test_a_flood_is_refused_before_its_bodies_are_read(start_agent: StartAgent) -> None:
+    agent = await start_agent(max_depth=2)
+    url = agent.serving(TRANSCRIPTIONS)
+    end = asyncio.Event()
+    open_ = [asyncio.Event() for _ in range(3)]
+
+    async def unfinished(begun: asyncio.Event) -> AsyncIterator[bytes]:
+        yield HEAD + bytes(MEBIBYTE)
+        begun.set()
+        await end.wait()
+        yield b"\r\n--b--\r\n"
+
+    async def send(begun: asyncio.Event) -> int:
+        async with agent.session.post(url, data=unfinished(begun), headers=FORM) as answer:
+            return answer.status
+
+    sending = [asyncio.create_task(send(begun)) for begun in open_]
+    await asyncio.gather(*(begun.wait() for begun in open_))
+    for path in (TRANSCRIPTIONS, "/v1/audio/translations", "/v2/models/adder/infer"):
+        async with agent.session.post(agent.serving(path), data=b"", headers=FORM) as answer:
+            assert answer.status == 429
+            assert answer.headers["Retry-After"] == "1"
+            assert "3 requests are open" in await answer.text()
+    end.set()
+    assert await asyncio.gather(*sending) == [400] * 3  # zeros are no audio
+    async with agent.session.post(url, data=b"", headers=FORM) as answer:
+        assert answer.status == 400

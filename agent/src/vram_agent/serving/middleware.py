@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
-from vram_agent.errors import AgentError, BadInputError
+from vram_agent.errors import AgentError, BadInputError, QueueFullError
 from vram_agent.metrics import UNKNOWN_MODEL
 from vram_agent.serving.answers import RouteError, error_answer
 from vram_agent.serving.context import METRICS, MODEL
@@ -50,7 +50,18 @@ def request_metrics(api_names: dict[str, str]) -> Middleware:
 async def errors_as_answers(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn whatever a handler raises into the API's error format; cancellation passes."""
     try:
+        return await _answer(request, handler)
+    finally:
+        _forget_unread(request)
+
+
+async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
         return await handler(request)
+    except QueueFullError as error:
+        answer = error_answer(request.path, error)
+        answer.force_close()  # in a flood, connections kept for the next try are what costs memory
+        return answer
     except AgentError as error:
         return error_answer(request.path, error)
     except web.HTTPException as error:
@@ -60,6 +71,16 @@ async def errors_as_answers(request: web.Request, handler: Handler) -> web.Strea
     except Exception:  # the last resort: a client must get an answer, and never a traceback
         _log.exception("request failed", method=request.method, path=request.path)
         return error_answer(request.path, AgentError("internal error; the agent's log says more"))
+
+
+def _forget_unread(request: web.Request) -> None:
+    """A connection that is kept alive would keep a body too that came in and was never read.
+
+    aiohttp reads on after the answer only where the body has not come in whole (lingering_time).
+    """
+    content = request.content
+    if content.is_eof() and not content.at_eof() and content.exception() is None:
+        content.read_nowait()
 
 
 def _of_the_router(request: web.Request, error: web.HTTPException) -> web.Response:

@@ -233,8 +233,27 @@ async def test_a_flood_is_refused_before_its_bodies_are_read(start_agent: StartA
         async with agent.session.post(agent.serving(path), data=b"", headers=FORM) as answer:
             assert answer.status == 429
             assert answer.headers["Retry-After"] == "1"
+            assert answer.headers["Connection"] == "close"
             assert "3 requests are open" in await answer.text()
     end.set()
     assert await asyncio.gather(*sending) == [400] * 3  # zeros are no audio
     async with agent.session.post(url, data=b"", headers=FORM) as answer:
         assert answer.status == 400
+
+
+async def test_a_body_that_was_refused_unread_is_not_kept_with_the_connection(
+    start_agent: StartAgent,
+) -> None:
+    agent = await start_agent()
+    before = resident_bytes()
+    body = bytes(48 * 1024)
+    kept = []
+    for _ in range(600):
+        session = aiohttp.ClientSession()
+        kept.append(session)
+        url = agent.serving("/v2/models/nowhere/infer")
+        async with session.post(url, data=body) as answer:
+            assert answer.status == 404
+    grown = resident_bytes() - before
+    await asyncio.gather(*(session.close() for session in kept))
+    assert grown < 600 * len(body) * 2 // 3

@@ -13,12 +13,12 @@ import os
 import resource
 import signal
 import sys
-from pathlib import Path
 
 import structlog
 
 from vram_agent import __version__
 from vram_agent.backend import Backend
+from vram_agent.cgroup import read_memory_limit_bytes
 from vram_agent.config import (
     ConfigError,
     Settings,
@@ -29,6 +29,7 @@ from vram_agent.config import (
 from vram_agent.errors import AgentError
 from vram_agent.logs import configure_logs, default_format
 from vram_agent.metrics import AgentMetrics
+from vram_agent.processes.linux import bound_malloc
 from vram_agent.protocol import AgentConfig, DevicePreference
 from vram_agent.serving.app import ListenError, start_servers
 from vram_agent.supervision.journal import FileJournal
@@ -37,7 +38,6 @@ from vram_agent.supervision.reaper import keep_reaping
 from vram_agent.supervisor import Supervisor
 
 _MAX_OPEN_FILES = 65_536
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _log = structlog.get_logger("vram_agent.serve")
 
 
@@ -50,6 +50,7 @@ def serve_command(options: argparse.Namespace) -> int:
         return 2
     configure_logs(options.log_format or default_format())
     ensure_open_files()
+    bound_malloc()
     return asyncio.run(serve(config, Settings.from_environment(os.environ)))
 
 
@@ -79,7 +80,7 @@ async def serve(config: AgentConfig, settings: Settings) -> int:
             journal=FileJournal(settings.state_directory),
             pod=settings.pod,
             version=__version__,
-            host_limit_bytes=read_memory_limit(),
+            host_limit_bytes=read_memory_limit_bytes(),
         ),
     )
     try:
@@ -120,15 +121,6 @@ async def connect(preference: DevicePreference) -> Backend:
     from vram_agent.processes.group import ProcessBackend  # noqa: PLC0415
 
     return ProcessBackend(await asyncio.to_thread(select_device, preference))
-
-
-def read_memory_limit(path: Path = _CGROUP_LIMIT) -> int | None:
-    """Return the container's memory limit; None where there is none or it cannot be read."""
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None
 
 
 class _Stopping:

@@ -9,20 +9,19 @@ engine (`AnonymousMemory`). Knows no torch.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from vram_agent.cgroup import read_memory_limit_bytes
 from vram_agent.devices.base import MemoryFigures, OutOfDeviceMemoryError, Placement
 from vram_agent.errors import NoVramError
 from vram_agent.protocol import DeviceKind, DeviceReport, ResidualSource
 
 CPU_UUID = "CPU-0"
 _VMA = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S{4} [0-9a-f]+ \S+ (\d+)")
-_UNLIMITED_BYTES = 1 << 62
 
 
 def parse_private_anonymous_bytes(smaps: str) -> int:
@@ -64,15 +63,6 @@ def measure_private_anonymous_bytes(pid: int) -> int | None:
         return None
 
 
-def parse_memory_limit_bytes(text: str) -> int | None:
-    """Return the limit in memory.max or memory.limit_in_bytes; None for no limit."""
-    text = text.strip()
-    if not text or text == "max":
-        return None
-    limit = int(text)
-    return None if limit >= _UNLIMITED_BYTES else limit
-
-
 def parse_mem_total_bytes(meminfo: str) -> int:
     """Return MemTotal of a text of /proc/meminfo."""
     for line in meminfo.splitlines():
@@ -84,12 +74,8 @@ def parse_mem_total_bytes(meminfo: str) -> int:
 def measure_total_bytes(root: Path = Path("/")) -> int:
     """Return the memory this container may use: its cgroup's limit (v2, v1), else MemTotal."""
     total = parse_mem_total_bytes((root / "proc/meminfo").read_text(encoding="utf-8"))
-    for path in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            limit = parse_memory_limit_bytes((root / path).read_text(encoding="ascii"))
-            if limit is not None:
-                return min(limit, total)
-    return total
+    limit = read_memory_limit_bytes(root)
+    return total if limit is None else min(limit, total)
 
 
 class CpuDevice:

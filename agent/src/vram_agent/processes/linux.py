@@ -1,7 +1,7 @@
 """The few system calls that Python has no name for. Linux only.
 
 Called by templates and GPU processes (to die with their parent) and by the supervisor (to inherit
-the children of a template that died).
+the children of a template that died, and to keep its heap small).
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+_MMAP_THRESHOLD_BYTES = 16 * 1024
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -40,6 +43,18 @@ def die_with_parent(parent_pid: int) -> None:
 def name_process(name: str) -> None:
     """Set the name that ps and top show, at most 15 bytes of it."""
     _prctl(_PR_SET_NAME, name.encode()[:15])
+
+
+def bound_malloc() -> None:
+    """Have the C library give buffers of 16 KiB and more back to the system when they are freed.
+
+    After thousands of connections at once the heap would stay as large as it ever was. Nothing
+    where the C library has no such knob (musl gives memory back by itself).
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+        mallopt(_M_ARENA_MAX, 2)
 
 
 def adopt_orphans() -> None:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import whisper
 import whisper.audio
-from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
+from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, get_tokenizer
 
 from vram_agent.backend import Task, TaskKind, TaskResult, TensorSpec
 from vram_agent.engine.arena import Arena
@@ -120,11 +120,22 @@ class WhisperRuntime:
         ) as error:
             raise ModelFailedError(
                 f"model {spec.name}: {spec.source} is no whole checkpoint of openai-whisper "
-                f"({type(error).__name__}: {str(error)[:300]}); copy the file again, or convert it "
-                f"to a dict of dims and model_state_dict"
+                f"({type(error).__name__}: {_first_sentence(error)}); copy the file again, or "
+                f"convert it to a dict of dims and model_state_dict"
             ) from error
         model.eval()
+        _warm_up(model)
         return WhisperModel(spec, model, TorchWeights(model, arena))
+
+
+def _warm_up(model: whisper.Whisper) -> None:
+    """Read the vocabulary before the fork: each GPU process would read its own, for tens of MiB."""
+    get_tokenizer(model.is_multilingual, num_languages=model.num_languages).encode(" a")
+
+
+def _first_sentence(error: Exception) -> str:
+    """Return what a library says is wrong; torch goes on to advise what must stay switched off."""
+    return str(error).split("\n", 1)[0].split(". ", 1)[0][:200]
 
 
 class WhisperModel:

@@ -31,7 +31,7 @@ from vram_agent.protocol import (
     Tier,
 )
 from vram_agent.report import format_bytes, format_report
-from vram_agent.serve import ensure_open_files, read_memory_limit
+from vram_agent.serve import ensure_open_files
 from vram_agent.supervision import reaper
 
 GIB = 1 << 30
@@ -181,18 +181,6 @@ def test_report_prints_what_an_agent_answers(
 def test_report_answers_1_where_no_agent_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "--url", "http://127.0.0.1:9"]) == 1
     assert "no report from http://127.0.0.1:9/report" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("content", "limit"),
-    [("1073741824\n", GIB), ("max\n", None)],
-    ids=["a limit is read", "max is no limit"],
-)
-def test_the_containers_memory_limit(tmp_path: Path, content: str, limit: int | None) -> None:
-    path = tmp_path / "memory.max"
-    path.write_text(content)
-    assert read_memory_limit(path) == limit
-    assert read_memory_limit(tmp_path / "none") is None
 
 
 def test_the_reaper_takes_an_ended_child_by_its_id_and_no_other() -> None:

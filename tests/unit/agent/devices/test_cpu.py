@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from vram_agent.cgroup import parse_memory_limit_bytes, read_memory_limit_bytes
 from vram_agent.devices.base import OutOfDeviceMemoryError, Placement
 from vram_agent.devices.cpu import (
     AnonymousMemory,
@@ -15,7 +16,6 @@ from vram_agent.devices.cpu import (
     measure_private_anonymous_bytes,
     measure_total_bytes,
     parse_mem_total_bytes,
-    parse_memory_limit_bytes,
     parse_private_anonymous_bytes,
 )
 from vram_agent.errors import NoVramError
@@ -116,6 +116,16 @@ def test_a_process_that_has_ended_is_not_measured() -> None:
 )
 def test_a_cgroups_limit(text: str, limit: int | None) -> None:
     assert parse_memory_limit_bytes(text) == limit
+
+
+def test_the_containers_limit_is_read_from_either_version(tmp_path: Path) -> None:
+    assert read_memory_limit_bytes(tmp_path) is None
+    first = tmp_path / "sys/fs/cgroup/memory/memory.limit_in_bytes"
+    first.parent.mkdir(parents=True)
+    first.write_text("2097152\n")
+    assert read_memory_limit_bytes(tmp_path) == 2 * MIB
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert read_memory_limit_bytes(tmp_path) is None
 
 
 def test_mem_total_is_read_and_its_absence_told() -> None:

@@ -1,0 +1,30 @@
+"""What this container may use, as its cgroup says; version 2 and version 1.
+
+Called by the CPU device and by ``serve``. Reads files, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+# cgroup v1 writes the largest multiple of a page for "no limit".
+_UNLIMITED_BYTES = 1 << 62
+_LIMITS = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def parse_memory_limit_bytes(text: str) -> int | None:
+    """Return the limit in memory.max or memory.limit_in_bytes; None for no limit."""
+    text = text.strip()
+    if not text or text == "max":
+        return None
+    limit = int(text)
+    return None if limit >= _UNLIMITED_BYTES else limit
+
+
+def read_memory_limit_bytes(root: Path = Path("/")) -> int | None:
+    """Return the memory limit of this container; None where there is none or it cannot be read."""
+    for path in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            return parse_memory_limit_bytes((root / path).read_text(encoding="ascii"))
+    return None

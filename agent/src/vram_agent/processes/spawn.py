@@ -14,6 +14,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from vram_agent.cgroup import read_cpu_quota
+
 _SINGLE_THREADED = {
     # Pools of threads do not survive a fork; the GPU process raises the number again.
     "OMP_NUM_THREADS": "1",
@@ -29,14 +31,6 @@ _SINGLE_THREADED = {
 }
 
 
-def parse_cpu_quota(cpu_max: str) -> float | None:
-    """Return the CPUs that cgroup v2's cpu.max grants; None for no limit."""
-    quota, _, period = cpu_max.strip().partition(" ")
-    if quota in {"", "max"}:
-        return None
-    return int(quota) / int(period or 100_000)
-
-
 def count_threads(environment: Mapping[str, str], root: Path = Path("/")) -> int:
     """Return the threads a GPU process may use.
 
@@ -47,10 +41,7 @@ def count_threads(environment: Mapping[str, str], root: Path = Path("/")) -> int
         if wanted.isdigit() and int(wanted) > 0:
             return int(wanted)
     cpus = len(os.sched_getaffinity(0))
-    try:
-        quota = parse_cpu_quota((root / "sys/fs/cgroup/cpu.max").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        quota = None
+    quota = read_cpu_quota(root)
     return cpus if quota is None else max(1, min(cpus, math.ceil(quota)))
 
 

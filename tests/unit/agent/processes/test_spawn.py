@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from vram_agent.processes.spawn import build_environment, count_threads, parse_cpu_quota
+from vram_agent.cgroup import parse_cpu_quota
+from vram_agent.processes.spawn import build_environment, count_threads
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,19 @@ def test_threads_of_a_gpu_process(tmp_path: Path, variable: str, quota: str, thr
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/cpu.max").write_text(quota)
     assert count_threads({"OMP_NUM_THREADS": variable}, tmp_path) == threads
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads"),
+    [("150000", 2), ("-1", len(os.sched_getaffinity(0)))],
+    ids=["one and a half CPUs are two threads", "no limit: all CPUs"],
+)
+def test_threads_under_cgroup_v1(tmp_path: Path, quota: str, threads: int) -> None:
+    folder = tmp_path / "sys/fs/cgroup/cpu"
+    folder.mkdir(parents=True)
+    (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (folder / "cpu.cfs_period_us").write_text("100000\n")
+    assert count_threads({}, tmp_path) == min(threads, len(os.sched_getaffinity(0)))
 
 
 def test_mkls_number_counts_where_openmps_is_not_set(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ from vram_agent.supervision.reconfigure import (
     Reconfiguration,
     ensure_applicable,
     order_eager_load,
+    with_own_settings,
 )
 from vram_agent.supervision.reporting import Reporter, model_report, model_view
 from vram_agent.supervision.requests import Requests
@@ -200,6 +201,7 @@ class Supervisor:
 
     async def apply_config(self, config: AgentConfig) -> Report:
         """Take a new config without a restart; return when what it changed has left memory."""
+        config = with_own_settings(self._fleet.config, config)
         ensure_applicable(self._fleet.config, config)
         self._reconfiguration.begin(config)
         self._retired.clear()

@@ -6,7 +6,7 @@ Why it exists: the config may change while requests come in. Made by ``app.py``,
 
 from __future__ import annotations
 
-from vram_agent.protocol import AgentConfig, parse_quantity
+from vram_agent.protocol import AgentConfig, Limits, parse_quantity
 
 _DEFAULT_REQUEST_BYTES = 64 * 1024**2
 
@@ -23,7 +23,8 @@ class RequestLimits:
         self.apply(config)
 
     def apply(self, config: AgentConfig) -> None:
-        """Take the limits of a config that was accepted; an empty quantity is the default."""
-        quantity = config.limits.request_bytes
-        self.request_bytes = parse_quantity(quantity) if quantity else _DEFAULT_REQUEST_BYTES
+        """Take the limits of a config that was accepted; those it leaves at the default stay."""
+        if config.limits != Limits():
+            quantity = config.limits.request_bytes
+            self.request_bytes = parse_quantity(quantity) if quantity else _DEFAULT_REQUEST_BYTES
         self.open_requests = (config.queue.max_depth + 1) * max(1, len(config.models))

@@ -7,6 +7,8 @@ puts its successor in its place, queue included. Called by the supervisor on its
 
 from __future__ import annotations
 
+from msgspec import structs
+
 from vram_agent.backend import GroupBackend
 from vram_agent.config import find_faults
 from vram_agent.core.lifecycle import ABSENT
@@ -18,6 +20,20 @@ from vram_agent.supervision.requests import Requests
 from vram_agent.supervision.transitions import Transitions
 
 _FIXED = ("listen", "device", "control")
+_OWN = (*_FIXED, "limits", "drain")
+"""What concerns the process and not its models: the operator does not know it."""
+
+
+def with_own_settings(old: AgentConfig, new: AgentConfig) -> AgentConfig:
+    """Return ``new``, with the process's own settings as they are where it leaves the defaults.
+
+    An agent with a config file of its own is sent models by a workload that says nothing of ports.
+    """
+    unsaid = AgentConfig()
+    kept = {
+        name: getattr(old, name) for name in _OWN if getattr(new, name) == getattr(unsaid, name)
+    }
+    return structs.replace(new, **kept)
 
 
 def ensure_applicable(old: AgentConfig, new: AgentConfig) -> None:

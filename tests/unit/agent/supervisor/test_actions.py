@@ -14,6 +14,10 @@ from vram_agent.protocol import (
     ActionStep,
     AfterTask,
     AgentConfig,
+    ControlPolicy,
+    DevicePreference,
+    DrainPolicy,
+    Limits,
     Listen,
     LoadPolicy,
     Residency,
@@ -21,6 +25,7 @@ from vram_agent.protocol import (
     VramPolicy,
 )
 from vram_agent.supervision.journal import FileJournal
+from vram_agent.supervision.reconfigure import with_own_settings
 
 from tests.unit.agent.supervisor.conftest import MakeRig, Rig, spec
 
@@ -333,6 +338,26 @@ async def test_what_only_a_restart_changes_is_refused_and_named(make_rig: MakeRi
     config = changed(rig, spec("a"), listen=Listen(serving="0.0.0.0:1"))
     with pytest.raises(BadInputError, match="listen: cannot be changed"):
         await rig.supervisor.apply_config(config)
+
+
+async def test_a_config_that_says_nothing_of_the_process_leaves_its_settings(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a"))
+    own = AgentConfig(
+        models=[spec("a")],
+        listen=Listen(serving="0.0.0.0:9000"),
+        control=ControlPolicy(public_key_file="/keys.pem"),
+        limits=Limits(request_bytes="1Mi"),
+        drain=DrainPolicy(grace_seconds=5),
+        device=DevicePreference.CPU,
+    )
+    rig.supervisor._fleet.config = own
+    await rig.supervisor.apply_config(AgentConfig(models=[spec("a", priority=5)]))
+    now = rig.supervisor._fleet.config
+    assert now == msgspec.structs.replace(own, models=[spec("a", priority=5)])
+    moved = AgentConfig(models=[spec("a")], drain=DrainPolicy(grace_seconds=7))
+    assert with_own_settings(own, moved).drain.grace_seconds == 7
 
 
 async def test_a_config_with_two_models_of_one_name_is_refused(make_rig: MakeRig) -> None:

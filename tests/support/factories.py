@@ -230,7 +230,7 @@ def make_sample(age_seconds: float, residual_gib: float = 9.0, **fields: Any) ->
 
 def make_agent(pod: Pod, residual_gib: float = 1.0, now: datetime = NOW, **fields: Any) -> Agent:
     """An agent that reported every ten seconds for two minutes, the last time just now."""
-    names = ("push", "calls", "refuses", "error")
+    names = ("push", "calls", "refuses", "refused_at", "error")
     of_agent = {name: fields.pop(name) for name in names if name in fields}
     report = make_report(pod, residual_gib, now, **fields)
     history: tuple[ResidualSample, ...] = ()

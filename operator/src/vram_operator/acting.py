@@ -88,7 +88,13 @@ class Acting:
         self._poller.on_news = self._queue.add
         self._poller.metrics = self._around.metrics
         self._gatherer.public_keys = lambda: self._require_signer().public_keys_pem
-        gauges = Gauges(self._cache, self._facts, self._reconciler.blocked)
+        gauges = Gauges(
+            self._cache,
+            self._facts,
+            self._around.clock,
+            self._around.settings.poll_interval_seconds,
+        )
+        gauges.waiting = self._reconciler.blocked
         gauges.is_active = lambda: self.is_synced
         self._around.metrics.state.workloads = gauges.workloads
         self._around.metrics.state.blocked = gauges.blocked

@@ -59,7 +59,7 @@ def trimmed(resource: Resource, obj: Object) -> Object:
         {"name": container["name"], "ports": container.get("ports") or []}
         for container in spec.get("containers") or []
     ]
-    kept = ("phase", "podIP", "conditions", "containerStatuses")
+    kept = ("phase", "podIP", "startTime", "conditions", "containerStatuses")
     return {
         "metadata": metadata,
         "spec": {"nodeName": spec.get("nodeName", ""), "containers": containers},

@@ -61,19 +61,27 @@ class Facts:
 
     def record_push(self, pod_uid: str, answer: PushAnswer) -> None:
         """Keep the answer to a pushed config."""
-        agent = self.agent(pod_uid)
-        self._agents[pod_uid] = replace(
-            agent, push=answer, refuses=_refuses(answer.status, before=agent.refuses)
-        )
+        self.record_word(pod_uid, answer.status, answer.at)
+        self._agents[pod_uid] = replace(self.agent(pod_uid), push=answer)
 
     def record_call(self, pod_uid: str, answer: CallAnswer) -> None:
         """Keep the answer to a restart or recycle."""
+        self.record_word(pod_uid, answer.status, answer.at)
         agent = self.agent(pod_uid)
-        self._agents[pod_uid] = replace(
-            agent,
-            calls=(*agent.calls, answer)[-KEPT_CALLS:],
-            refuses=_refuses(answer.status, before=agent.refuses),
-        )
+        self._agents[pod_uid] = replace(agent, calls=(*agent.calls, answer)[-KEPT_CALLS:])
+
+    def record_word(self, pod_uid: str, status: int, at: datetime) -> None:
+        """Keep whether the agent takes our signed calls, by its answer to one.
+
+        1. It refused. 2. It could not be reached, which says nothing new; one that refused is asked
+        again later. 3. It takes them.
+        """
+        agent = self.agent(pod_uid)
+        if status in _REFUSED or (status == 0 and agent.refuses):  # 1, 2
+            agent = replace(agent, refuses=True, refused_at=at)
+        elif status:  # 3
+            agent = replace(agent, refuses=False, refused_at=None)
+        self._agents[pod_uid] = agent
 
     def record_eviction(self, answer: EvictionAnswer) -> None:
         """Keep the answer to an eviction, dry run or real."""
@@ -124,8 +132,3 @@ def _content_digest(obj: Object) -> str:
     content["labels"] = obj["metadata"].get("labels")
     content["ownerReferences"] = obj["metadata"].get("ownerReferences")
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _refuses(status: int, *, before: bool) -> bool:
-    # 1. No answer says nothing new. 2. Otherwise the last answer decides.
-    return before if status == 0 else status in _REFUSED

@@ -39,6 +39,7 @@ from vram_operator.kube import (
 from vram_operator.pods import (
     CONTENT_HASH_ANNOTATION,
     InvalidObjectError,
+    is_finished_pod,
     owner_of,
     read_pod,
     read_restart,
@@ -195,7 +196,7 @@ class Gatherer:
 
     def _cluster(self) -> Cluster:
         return Cluster(
-            total_pods=self._cache.count(PODS),
+            total_pods=sum(not is_finished_pod(pod) for pod in self._cache.every(PODS)),
             active_restarts=tuple(
                 ActiveRestart(
                     namespace=raw["metadata"]["namespace"],

@@ -7,22 +7,29 @@ others show no workloads rather than old ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 
 from vram_operator.api import ConditionStatus, WorkloadCondition
 from vram_operator.cache import Cache, Key
-from vram_operator.core.snapshot import Agent
+from vram_operator.clock import Clock
+from vram_operator.core.evidence import silent_seconds
+from vram_operator.core.reporting import agent_state, is_heard, should_report
 from vram_operator.facts import Facts
 from vram_operator.kube import PODS, WORKLOADS, Object
 from vram_operator.metrics import WorkloadGauge
+from vram_operator.pods import read_pod
 
 
 class Gauges:
     """What a scrape reads."""
 
-    def __init__(self, cache: Cache, facts: Facts, blocked: Mapping[Key, tuple[str, ...]]) -> None:
+    def __init__(self, cache: Cache, facts: Facts, clock: Clock, poll_seconds: float) -> None:
         self._cache = cache
         self._facts = facts
-        self._blocked = blocked
+        self._clock = clock
+        self._silent = timedelta(seconds=silent_seconds(poll_seconds))
+        self.waiting: Mapping[Key, tuple[str, ...]] = {}
+        """Why restarts of each workload wait."""
         self.is_active: Callable[[], bool] = lambda: False
 
     def workloads(self) -> Iterator[WorkloadGauge]:
@@ -31,30 +38,33 @@ class Gauges:
             return
         for raw in self._cache.every(WORKLOADS):
             namespace, name = raw["metadata"]["namespace"], raw["metadata"]["name"]
-            pods = self._cache.members(PODS, (namespace, name))
-            agents = [self._facts.agent(pod["metadata"]["uid"]) for pod in pods]
-            reports = [agent.report for agent in agents if agent.report is not None]
+            now = self._clock.now()
+            pods = (read_pod(pod, None) for pod in self._cache.members(PODS, (namespace, name)))
+            agents = [(pod, self._facts.agent(pod.uid)) for pod in pods if pod.is_present]
+            reports = [
+                agent.report
+                for _, agent in agents
+                if agent.report is not None and is_heard(agent, self._silent, now)
+            ]
             yield WorkloadGauge(
                 namespace=namespace,
                 name=name,
                 ready=_ready(raw),
                 used_bytes=sum(report.memory.used_bytes for report in reports),
                 residual_bytes=sum(report.memory.residual_bytes for report in reports),
-                agent_states=tuple(_state(agent) for agent in agents),
+                agent_states=tuple(
+                    str(agent_state(pod, agent, self._silent, now))
+                    for pod, agent in agents
+                    if should_report(pod)
+                ),
             )
 
     def blocked(self) -> list[str]:
         """Return the reason of each restart that waits."""
-        return [reason for reasons in self._blocked.values() for reason in reasons]
+        return [reason for reasons in self.waiting.values() for reason in reasons]
 
 
 def _ready(raw: Object) -> str:
     conditions = (raw.get("status") or {}).get("conditions") or []
     found = (one["status"] for one in conditions if one["type"] == WorkloadCondition.READY)
     return str(next(found, ConditionStatus.UNKNOWN))
-
-
-def _state(agent: Agent) -> str:
-    if agent.error or agent.report is None:
-        return "Silent"
-    return "Refusing" if agent.refuses else "Reporting"

@@ -26,6 +26,7 @@ from vram_agent.protocol import parse_quantity
 
 from vram_operator import __version__
 from vram_operator.api import RestartStatus
+from vram_operator.core.reporting import AgentState
 from vram_operator.kube import Traffic
 
 PREFIX = "vram_operator_"
@@ -67,7 +68,7 @@ class _StateCollector(Collector):
             labels=["namespace", "workload"],
         )
         ready: Tally[str] = Tally({"True": 0, "False": 0, "Unknown": 0})
-        states: Tally[str] = Tally({"Reporting": 0, "Silent": 0, "Refusing": 0})
+        states: Tally[str] = Tally(dict.fromkeys(map(str, AgentState), 0))
         for workload in self.workloads():
             ready[workload.ready] += 1
             states.update(workload.agent_states)

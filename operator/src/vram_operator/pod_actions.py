@@ -19,6 +19,7 @@ from vram_operator.core.plan import (
     DeletePod,
     DryRunEvict,
     Evict,
+    Knock,
     PushConfig,
 )
 from vram_operator.core.snapshot import (
@@ -32,7 +33,10 @@ from vram_operator.facts import Facts
 from vram_operator.kube import PODS, Api, ApiError, Call
 from vram_operator.live import Live, StaleError
 
-PodAction = PushConfig | CallRecycle | CallRestart | DryRunEvict | Evict | DeletePod
+PodAction = PushConfig | Knock | CallRecycle | CallRestart | DryRunEvict | Evict | DeletePod
+
+# No model can have this name: an agent that takes our calls answers 404, and nothing happens.
+_NO_MODEL_PATH = "/models/-/unload"
 
 _log = structlog.get_logger(__name__)
 
@@ -54,6 +58,8 @@ class PodActions:
         match action:
             case PushConfig():
                 await self._push_config(action)
+            case Knock():
+                await self._knock(action.pod)
             case CallRecycle():
                 await self._call(namespace, action, ActionStep.RECYCLE)
             case CallRestart():
@@ -80,6 +86,11 @@ class PodActions:
             ),
         )
         _log.info("config pushed", pod=action.pod.name, status=answer.status)
+
+    async def _knock(self, pod: Pod) -> None:
+        answer = await self._agents.call(_address(pod), "POST", _NO_MODEL_PATH, {})
+        self._facts.record_word(pod.uid, answer.status, self._clock.now())
+        _log.info("agent asked again", pod=pod.name, status=answer.status)
 
     async def _call(
         self, namespace: str, action: CallRecycle | CallRestart, step: ActionStep

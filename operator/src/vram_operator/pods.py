@@ -22,7 +22,7 @@ from vram_operator.api import (
 )
 from vram_operator.cache import ready_condition
 from vram_operator.clock import parse_time
-from vram_operator.core.snapshot import Pod, Restart, Target, Workload
+from vram_operator.core.snapshot import FINISHED_PHASES, Pod, Restart, Target, Workload
 from vram_operator.kube import Object
 
 CONTENT_HASH_ANNOTATION = "vram.dev/content-hash"
@@ -48,7 +48,7 @@ def read_pod(raw: Object, unready_since: datetime | None) -> Pod:
     metadata, status = raw["metadata"], raw.get("status") or {}
     ready = ready_condition(raw) or {}
     agent = _agent_status(raw)
-    state, last = agent.get("state") or {}, agent.get("lastState") or {}
+    last = agent.get("lastState") or {}
     owner = owner_of(metadata)
     return Pod(
         name=metadata["name"],
@@ -62,7 +62,7 @@ def read_pod(raw: Object, unready_since: datetime | None) -> Pod:
         ready_changed_at=_time(ready.get("lastTransitionTime")),
         unready_since=unready_since,
         terminating="deletionTimestamp" in metadata,
-        agent_running_since=_time((state.get("running") or {}).get("startedAt")),
+        agent_running_since=_running_since(raw, agent),
         agent_finished_at=_time((last.get("terminated") or {}).get("finishedAt")),
         restart_count=int(agent.get("restartCount", 0)),
         control_port=control_port(raw),
@@ -87,6 +87,28 @@ def _agent_status(raw: Object) -> Mapping[str, Any]:
     wanted = AGENT_CONTAINER if AGENT_CONTAINER in names else next(iter(with_port + names), "")
     statuses = (raw.get("status") or {}).get("containerStatuses") or []
     return next((status for status in statuses if status["name"] == wanted), {})
+
+
+def _running_since(pod: Object, agent: Mapping[str, Any]) -> datetime | None:
+    """Return since when the agent's container runs, None while it does not.
+
+    1. Its own status says so. 2. Its status says otherwise. 3. There is none, as where a virtual
+    kubelet runs the pod: a pod that runs is taken at its word.
+    """
+    status = pod.get("status") or {}
+    running = (agent.get("state") or {}).get("running")
+    if running is not None and running.get("startedAt"):  # 1
+        return _time(running["startedAt"])
+    if running is None and agent:  # 2
+        return None
+    if status.get("phase") != "Running":
+        return None
+    return parse_time(status.get("startTime") or pod["metadata"]["creationTimestamp"])  # 3
+
+
+def is_finished_pod(pod: Object) -> bool:
+    """Has the pod ended, and only waits for its removal?"""
+    return (pod.get("status") or {}).get("phase") in FINISHED_PHASES
 
 
 def owner_of(metadata: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ from vram_operator.core.evidence import history_seconds
 from vram_operator.facts import Facts
 from vram_operator.kube import PODS, RESTARTS, WORKLOADS, Object
 from vram_operator.metrics import Metrics
-from vram_operator.pods import control_port
+from vram_operator.pods import control_port, is_finished_pod
 from vram_operator.queue import KeyedQueue
 
 CONCURRENT_POLLS = 64
@@ -128,6 +128,8 @@ class Poller:
         uid, key = pod["metadata"]["uid"], workload_key(PODS, pod)
         ip, port = (pod.get("status") or {}).get("podIP"), control_port(pod)
         if not ip or not port or key is None or pod["metadata"].get("deletionTimestamp"):
+            return None
+        if is_finished_pod(pod):  # its address may be another's by now
             return None
         workload = self._cache.find(WORKLOADS, *key)
         if workload is None:

@@ -6,7 +6,7 @@ and no message carries a figure that moves with every report. Called by ``status
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -24,6 +24,7 @@ from vram_operator.core.evidence import BLIND, COLLECTING, Evidence, EvidenceRea
 from vram_operator.core.figures import MIB, show_bytes
 from vram_operator.core.phases import is_active, open_attempt
 from vram_operator.core.plan import Blocked, EmitEvent, EventType
+from vram_operator.core.reporting import AgentState, agent_state, is_heard, should_report
 from vram_operator.core.snapshot import Agent, Pod, Restart
 from vram_operator.core.visit import Visit
 
@@ -120,12 +121,12 @@ def _ready(visit: Visit) -> Finding:
 
 def expected_agents(visit: Visit) -> tuple[Pod, ...]:
     """Return the pods whose agent should report: those whose container runs."""
-    return tuple(pod for pod in visit.pods if pod.agent_running_since is not None)
+    return tuple(pod for pod in visit.pods if should_report(pod))
 
 
 def is_reporting(visit: Visit, agent: Agent) -> bool:
     """Is the agent not silent?"""
-    return agent.received_at is not None and visit.now - agent.received_at <= visit.silent
+    return is_heard(agent, visit.silent, visit.now)
 
 
 def next_silence(visit: Visit) -> datetime | None:
@@ -149,13 +150,15 @@ def _agents_reporting(visit: Visit) -> Finding:
     agents = {pod.name: visit.agent_of(pod.uid) for pod in expected}
     if not expected:  # 1
         return Finding(type_, _UNKNOWN, Reason.NO_AGENTS, "no pod of the workload runs an agent")
-    missing = [pod for pod in expected if not is_reporting(visit, agents[pod.name])]
-    silent = [pod.name for pod in missing if not _is_young(visit, pod)]
+    states = {
+        pod.name: agent_state(pod, agents[pod.name], visit.silent, visit.now) for pod in expected
+    }
+    silent = _names_in(states, AgentState.SILENT)
     if silent:  # 2
         return Finding(
             type_, _FALSE, Reason.AGENT_SILENT, f"no fresh report from {name_some(silent)}"
         )
-    refusing = [name for name, agent in agents.items() if agent.refuses]
+    refusing = _names_in(states, AgentState.REFUSING)
     if refusing:  # 3
         return Finding(
             type_,
@@ -176,15 +179,15 @@ def _agents_reporting(visit: Visit) -> Finding:
     if unpushed:  # 4
         first = min(unpushed)
         return Finding(type_, _FALSE, Reason.CONFIG_REFUSED, f"{first}: {unpushed[first]}")
-    if missing:  # 5
-        names = name_some([pod.name for pod in missing])
+    starting = _names_in(states, AgentState.STARTING)
+    if starting:  # 5
+        names = name_some(starting)
         return Finding(type_, _UNKNOWN, Reason.PENDING, f"waiting for the first report of {names}")
     return Finding(type_, _TRUE, Reason.REPORTING)
 
 
-def _is_young(visit: Visit, pod: Pod) -> bool:
-    since = pod.agent_running_since
-    return since is not None and visit.now - since <= visit.silent
+def _names_in(states: Mapping[str, AgentState], wanted: AgentState) -> list[str]:
+    return [name for name, state in states.items() if state is wanted]
 
 
 def _residual_high(visit: Visit) -> Finding:

@@ -75,6 +75,13 @@ class PatchRestartStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Knock:
+    """Send a signed call that changes nothing: does the agent still refuse ours?"""
+
+    pod: Pod
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CallRecycle:
     """``POST /recycle``; re-read pod and restart live first. The agent ignores a repeated ID."""
 
@@ -158,6 +165,7 @@ Action = (
     EnsureObject
     | AnnotateWorkload
     | PushConfig
+    | Knock
     | CreateRestart
     | PatchRestartStatus
     | CallRecycle

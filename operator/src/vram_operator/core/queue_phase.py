@@ -151,7 +151,8 @@ def _find_obstacle(visit: Visit, candidate: Candidate) -> str:
 
 
 def _pretend(visit: Visit, candidate: Candidate) -> Turn:
-    what = f"would {candidate.method} pod {candidate.pod.name}: {candidate.restart.spec.reason}"
+    doing = f"would {candidate.method} pod {candidate.pod.name}"
+    what = ": ".join(filter(None, (doing, candidate.restart.spec.reason)))
     wait = find_wait(visit, candidate)
     if wait is not None and not wait.ask:
         what = f"{what}; it would wait: {wait.reason}: {wait.message}"
@@ -209,7 +210,7 @@ def _admit(visit: Visit, candidate: Candidate) -> Turn:
     )
     event = EmitEvent(
         reason=EventReason.RESTARTING,
-        message=f"{restart.name}: {doing}: {restart.spec.reason}",
+        message=": ".join(filter(None, (restart.name, doing, restart.spec.reason))),
         pod=pod.name,
     )
     return Turn(restart=restart, events=(event,))

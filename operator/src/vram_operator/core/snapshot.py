@@ -27,6 +27,9 @@ from vram_operator.api import RestartSpec, RestartStatus, WorkloadSpec, Workload
 MAX_SAMPLES = 1024
 """Most residual samples kept of one pod; beyond it the older half is thinned out."""
 
+FINISHED_PHASES = frozenset({"Succeeded", "Failed"})
+"""Phases of pods that have ended: they hold no memory, and no agent runs in them."""
+
 _MOVING = frozenset({ModelState.LOADING, ModelState.OFFLOADING, ModelState.RESTORING})
 
 
@@ -91,6 +94,11 @@ class Pod:
     owner_kind: str = ""
     owner_name: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_present(self) -> bool:
+        """Is it there to stay? One that ended (evicted by its node, say) only waits for removal."""
+        return not self.terminating and self.phase not in FINISHED_PHASES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,8 +186,8 @@ class CallAnswer:
 class Agent:
     """What is known of the agent in one pod: its latest report, history and answers.
 
-    ``refuses`` is true when it last answered 401 or 403 to a signed call; ``error`` says why the
-    last poll failed, empty when it did not.
+    ``refuses`` is true when it last answered 401 or 403 to a signed call, ``refused_at`` when it
+    did; ``error`` says why the last poll failed, empty when it did not.
     """
 
     pod_uid: str
@@ -187,6 +195,7 @@ class Agent:
     received_at: datetime | None = None
     history: tuple[ResidualSample, ...] = ()
     refuses: bool = False
+    refused_at: datetime | None = None
     error: str = ""
     push: PushAnswer | None = None
     calls: tuple[CallAnswer, ...] = ()

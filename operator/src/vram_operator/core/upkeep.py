@@ -14,7 +14,7 @@ from http import HTTPStatus
 from vram_agent.protocol import AgentMode
 
 from vram_operator.api import PodTemplate, Reason
-from vram_operator.core.plan import Action, EnsureObject, PushConfig
+from vram_operator.core.plan import Action, EnsureObject, Knock, PushConfig
 from vram_operator.core.resources import (
     CONTENT_HASH_ANNOTATION,
     SCALE_FIELD_MANAGER,
@@ -28,12 +28,16 @@ from vram_operator.core.resources import (
     template_hash,
 )
 from vram_operator.core.snapshot import Agent, Pod, PushAnswer, Target
+from vram_operator.core.turn import earliest
 from vram_operator.core.visit import Visit
 
 PUSH_AGAIN = timedelta(seconds=30)
 """A config that did not arrive is pushed again after this."""
 PUSH_REFUSED_AGAIN = timedelta(seconds=300)
-"""One that the agent refused, after this: only a new spec or key can make it acceptable."""
+"""One that the agent refused, after this: only a new spec can make it acceptable."""
+KNOCK_AGAIN = timedelta(seconds=60)
+"""An agent that refuses our calls is asked again after this: its key file may be mended."""
+_REFUSED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +55,14 @@ def plan_upkeep(visit: Visit) -> Upkeep:
     2. The trust ConfigMap is kept in the namespace of every workload.
     3. In template mode so are the ConfigMap, the Service and the Deployment.
     4. Agents that report another generation of the config are sent ours.
+    5. Agents that refuse our calls are asked now and then whether they still do.
     """
     if visit.refusal is not None and visit.refusal.reason is not Reason.INVALID_TEMPLATE:  # 1
         return Upkeep(())
     objects = tuple(_plan_objects(visit))  # 2, 3
     pushes, again = _plan_pushes(visit)  # 4
-    return Upkeep((*objects, *pushes), again)
+    knocks, knock_at = _plan_knocks(visit)  # 5
+    return Upkeep((*objects, *pushes, *knocks), earliest([again, knock_at]))
 
 
 def _plan_objects(visit: Visit) -> Iterator[EnsureObject]:
@@ -97,12 +103,28 @@ def _plan_pushes(visit: Visit) -> tuple[list[PushConfig], datetime | None]:
         agent = visit.agent_of(pod.uid)
         if not _is_outdated(visit, pod, agent):
             continue
+        if agent.refuses:
+            continue
         again = _push_again_at(agent.push, workload.generation)
         if again is None or again <= visit.now:
             pushes.append(PushConfig(pod=pod, config=config))
         else:
             waits.append(again)
     return pushes, min(waits, default=None)
+
+
+def _plan_knocks(visit: Visit) -> tuple[list[Knock], datetime | None]:
+    knocks, waits = [], []
+    for pod in visit.pods:
+        agent = visit.agent_of(pod.uid)
+        if not agent.refuses or visit.fresh_report(agent) is None or not pod.control_port:
+            continue
+        again = None if agent.refused_at is None else agent.refused_at + KNOCK_AGAIN
+        if again is None or again <= visit.now:
+            knocks.append(Knock(pod=pod))
+        else:
+            waits.append(again)
+    return knocks, earliest(waits)
 
 
 def _is_outdated(visit: Visit, pod: Pod, agent: Agent) -> bool:
@@ -117,7 +139,7 @@ def _is_outdated(visit: Visit, pod: Pod, agent: Agent) -> bool:
 
 def _push_again_at(push: PushAnswer | None, generation: int) -> datetime | None:
     """Return when to push again; None for now."""
-    if push is None or push.generation != generation:
-        return None
+    if push is None or push.generation != generation or push.status in _REFUSED:
+        return None  # one that refuses all our calls is knocked at first
     refused = HTTPStatus.BAD_REQUEST <= push.status < HTTPStatus.INTERNAL_SERVER_ERROR
     return push.at + (PUSH_REFUSED_AGAIN if refused else PUSH_AGAIN)

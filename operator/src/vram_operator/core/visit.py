@@ -119,7 +119,7 @@ def begin_visit(snapshot: Snapshot, now: datetime) -> Visit:
         or _refuse_target(snapshot)
         or _refuse_template(snapshot)
     )
-    present = (pod for pod in snapshot.pods if not pod.terminating)
+    present = (pod for pod in snapshot.pods if pod.is_present)
     return Visit(
         snapshot=snapshot,
         now=now,

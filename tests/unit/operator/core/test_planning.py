@@ -33,10 +33,12 @@ from vram_operator.core.plan import (
     DeletePod,
     DryRunEvict,
     Evict,
+    Knock,
     PatchRestartStatus,
+    PushConfig,
 )
 from vram_operator.core.planning import plan
-from vram_operator.core.snapshot import CallAnswer, Restart, Snapshot
+from vram_operator.core.snapshot import CallAnswer, PushAnswer, Restart, Snapshot
 
 from tests.support.factories import (
     NOW,
@@ -323,6 +325,29 @@ def test_a_refusing_agent_can_only_be_evicted() -> None:
     kinds = [type(one) for one in plan(snapshot, NOW).actions]
     assert DryRunEvict in kinds
     assert calls(replace(snapshot, evictions=(make_answer(POD),))) == [Evict]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        pytest.param(59, [], id="not at once"),
+        pytest.param(60, [Knock], id="after a minute"),
+    ],
+)
+def test_an_agent_that_refuses_is_asked_again_before_a_config_is_pushed(
+    seconds: float, expected: list[type]
+) -> None:
+    agent = make_agent(POD, refuses=True, refused_at=ago(seconds), config_generation=1)
+    snapshot = make_snapshot(pods=(POD,), agents=(agent,))
+    actions = plan(snapshot, NOW).actions
+    assert [type(one) for one in actions if isinstance(one, Knock | PushConfig)] == expected
+
+
+def test_a_config_is_pushed_as_soon_as_the_agent_takes_our_calls() -> None:
+    push = PushAnswer(generation=3, at=ago(20), status=401)
+    agent = make_agent(POD, push=push, config_generation=1)
+    actions = plan(make_snapshot(pods=(POD,), agents=(agent,)), NOW).actions
+    assert [type(one) for one in actions if isinstance(one, PushConfig)] == [PushConfig]
 
 
 @pytest.mark.parametrize("allowed", [False, True])

@@ -11,7 +11,7 @@ from vram_agent.protocol import AgentConfig, ConfigMetadata
 from vram_operator.agent_client import AgentAddress, Answer
 from vram_operator.cache import Cache
 from vram_operator.clock import SystemClock
-from vram_operator.core.plan import CallRecycle, CallRestart, DeletePod, DryRunEvict, Evict
+from vram_operator.core.plan import CallRecycle, CallRestart, DeletePod, DryRunEvict, Evict, Knock
 from vram_operator.core.plan import PushConfig as Push
 from vram_operator.core.snapshot import EvictionVerdict, Pod
 from vram_operator.facts import Facts
@@ -230,3 +230,18 @@ async def test_no_answer_does_not_unmake_a_refusal(bench: Bench) -> None:
         bench.agents.status = status
         await bench.actions.carry_out(NAMESPACE, CALL)
     assert bench.facts.agent("u1").refuses
+
+
+async def test_an_agent_whose_key_was_mended_is_found_out_by_a_call_that_does_nothing(
+    bench: Bench,
+) -> None:
+    bench.agents.status = 401
+    await bench.actions.carry_out(NAMESPACE, CALL)
+    refused = bench.facts.agent("u1")
+    assert refused.refuses
+    assert refused.refused_at is not None
+    bench.agents.status = 404
+    await bench.actions.carry_out(NAMESPACE, Knock(pod=POD))
+    assert bench.agents.calls[-1][:2] == ("POST", "/models/-/unload")
+    mended = bench.facts.agent("u1")
+    assert (mended.refuses, mended.refused_at) == (False, None)

@@ -74,12 +74,11 @@ class Reconciler:
 
     async def _apply(self, key: Key, snapshot: Snapshot, planned: Plan) -> float | None:
         self.blocked[key] = tuple(str(one.reason) for one in planned.blocked)
-        if planned.missed_run is not None:
-            self._metrics.schedule_missed.inc()
         try:
             await self._applier.apply(snapshot.workload, planned)
         except RefusedManifestError as error:
             return await self._refused(key, snapshot, str(error))
+        self._count(planned)
         return self._next_visit(key, planned)
 
     async def _refused(self, key: Key, before: Snapshot, message: str) -> float:
@@ -89,7 +88,13 @@ class Reconciler:
         planned = plan(snapshot, self._clock.now())
         rest = tuple(one for one in planned.actions if not isinstance(one, EnsureObject))
         await self._applier.apply(snapshot.workload, replace(planned, actions=rest))
+        self._count(planned)
         return REFUSED_SECONDS
+
+    def _count(self, planned: Plan) -> None:
+        # Only now: a status that could not be written lets the next visit miss the same run.
+        if planned.missed_run is not None:
+            self._metrics.schedule_missed.inc()
 
     def _next_visit(self, key: Key, planned: Plan) -> float | None:
         """Return when to come again.

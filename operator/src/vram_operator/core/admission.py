@@ -21,7 +21,7 @@ from vram_operator.api import (
 )
 from vram_operator.core.evidence import EvidenceReason
 from vram_operator.core.figures import show_time
-from vram_operator.core.phases import concerns, is_active, is_finished, open_attempt
+from vram_operator.core.phases import concerns, is_active, open_attempt
 from vram_operator.core.schedule import is_open, next_opening
 from vram_operator.core.snapshot import (
     ActiveRestart,
@@ -104,17 +104,20 @@ def find_wait(visit: Visit, candidate: Candidate) -> Wait | None:
 def cooldown_end(visit: Visit, pod: Pod) -> datetime | None:
     """Return until when the pod is left alone after its last restart; None if it is not.
 
-    A restart counts that was carried out, or that a dry run pretended to carry out.
+    1. A restart counts that was carried out.
+    2. While the dry run lasts, one that it pretended to carry out counts too, for long enough that
+    records do not pile up; a real one does not wait for it.
     """
-    ends = (
-        restart.status.completion_time
-        for restart in visit.snapshot.restarts
-        if concerns(restart, pod)
-        and is_finished(restart.status)
-        and (restart.status.start_time or restart.status.outcome is RestartOutcome.DRY_RUN)
-    )
-    end = max((end for end in ends if end is not None), default=None)
-    until = None if end is None else end + timedelta(seconds=visit.policy.cooldown_seconds)
+    cooldown, untils = timedelta(seconds=visit.policy.cooldown_seconds), []
+    for restart in visit.snapshot.restarts:
+        end = restart.status.completion_time
+        if end is None or not concerns(restart, pod):
+            continue
+        if restart.status.start_time is not None:  # 1
+            untils.append(end + cooldown)
+        elif visit.dry_run and restart.status.outcome is RestartOutcome.DRY_RUN:  # 2
+            untils.append(end + max(cooldown, IN_PLACE_AGE))
+    until = max(untils, default=None)
     return until if until is not None and until > visit.now else None
 
 

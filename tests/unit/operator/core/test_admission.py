@@ -140,6 +140,24 @@ def test_a_pod_whose_restart_was_skipped_needs_no_cooldown() -> None:
 
 
 @pytest.mark.parametrize(
+    ("dry_run", "seconds", "reason"),
+    [
+        pytest.param(True, 600, Reason.COOLDOWN, id="records of a dry run do not pile up"),
+        pytest.param(True, 631, None, id="and come again after a while"),
+        pytest.param(False, 1, None, id="a real restart does not wait for a pretended one"),
+    ],
+)
+def test_the_cooldown_after_a_dry_run(dry_run: bool, seconds: float, reason: Reason | None) -> None:
+    status = RestartStatus(outcome=RestartOutcome.DRY_RUN, completion_time=ago(seconds))
+    snapshot = snapshot_with(
+        {"dry_run": dry_run, "cooldown_seconds": 0, "method": RECYCLE},
+        restarts=(make_restart(A, name="b", status=status),),
+    )
+    wait = wait_of(snapshot, RECYCLE)
+    assert (wait.reason if wait else None) is reason
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         pytest.param({}, Reason.NO_EVIDENCE, id="its report is stale"),
@@ -260,6 +278,16 @@ def own_active(pod: str) -> ActiveRestart:
             1,
             Reason.MAX_UNAVAILABLE,
             id="a pod on its way out is a missing one",
+        ),
+        *(
+            pytest.param(
+                (A, B, C, make_pod("speech-old", phase=phase, ready=False)),
+                (),
+                1,
+                None,
+                id=f"one that {phase} is no pod any more",
+            )
+            for phase in ("Failed", "Succeeded")
         ),
     ],
 )

@@ -117,14 +117,18 @@ def end(processes: Sequence[Process]) -> list[Process]:
             else:
                 os.close(fd)
     deadline = time.monotonic() + END_TIMEOUT_SECONDS
-    left = []
-    for process, fd in waiting:
-        remaining = max(0.0, deadline - time.monotonic())
-        if not select.select([fd], [], [], remaining)[0]:
-            left.append(process)
+    left = dict(waiting)
+    while left and time.monotonic() < deadline:
+        ended = select.select(list(left.values()), [], [], POLL_SECONDS)[0]
+        # All are collected while any is waited for: the init of a process namespace ends only when
+        # nothing that entered from outside is left, and a zombie is left.
+        for process in list(left):
+            reap(process.pid)
+            if left[process] in ended:
+                del left[process]
+    for _, fd in waiting:
         os.close(fd)
-        reap(process.pid)
-    return left
+    return list(left)
 
 
 def reap(pid: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -16,6 +17,9 @@ from vram_agent.processes.group import ProcessBackend, ProcessGroup
 from vram_agent.protocol import DevicePreference
 
 from tests.conformance.cases import CASES, Case
+
+
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def list_fds() -> set[str]:
@@ -37,6 +41,14 @@ def list_children() -> dict[int, str]:
         if int(fields[1]) == os.getpid():
             found[int(stat.parent.name)] = fields[0]
     return found
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _gives_up_its_adopted_children() -> Iterator[None]:
+    """A backend makes its process adopt orphans; later tests end processes that are not ours."""
+    yield
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
 
 
 @pytest.fixture(autouse=True)

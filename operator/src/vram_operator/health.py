@@ -111,7 +111,8 @@ class HealthServer:
         await self._runner.setup()
         site = web.TCPSite(self._runner, None, port)
         await site.start()
-        return int(self._runner.addresses[0][1])
+        # Port 0 takes one for IPv4 and another for IPv6: the one that 127.0.0.1 reaches counts.
+        return int(min(self._runner.addresses, key=len)[1])
 
     async def close(self) -> None:
         """Stop listening."""

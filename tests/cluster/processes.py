@@ -122,6 +122,7 @@ def end(processes: Sequence[Process]) -> list[Process]:
         ended = select.select(list(left.values()), [], [], POLL_SECONDS)[0]
         # All are collected while any is waited for: the init of a process namespace ends only when
         # nothing that entered from outside is left, and a zombie is left.
+        reap_adopted()
         for process in list(left):
             reap(process.pid)
             if left[process] in ended:
@@ -129,6 +130,30 @@ def end(processes: Sequence[Process]) -> list[Process]:
     for _, fd in waiting:
         os.close(fd)
     return list(left)
+
+
+def reap_adopted() -> None:
+    """Collect what ended in an inner process namespace and was handed to this very process.
+
+    That happens where this process adopts orphans (PR_SET_CHILD_SUBREAPER, or it is PID 1).
+    """
+    depth = len(_namespace_pids("self"))
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with suppress(OSError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            is_ours = fields[0] == "Z" and int(fields[1]) == os.getpid()
+            if is_ours and len(_namespace_pids(entry.name)) > depth:
+                reap(int(entry.name))
+
+
+def _namespace_pids(pid: str) -> list[str]:
+    """The ids of a process in its process namespace and all that enclose it."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("NSpid:"):
+            return line.split()[1:]
+    return []
 
 
 def reap(pid: int) -> None:

@@ -18,7 +18,6 @@ from vram_agent.protocol import DevicePreference
 
 from tests.conformance.cases import CASES, Case
 
-
 PR_SET_CHILD_SUBREAPER = 36
 
 

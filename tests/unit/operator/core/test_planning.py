@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from vram_agent.protocol import ResidualSource
 from vram_operator.api import (
     Attempt,
+    Condition,
+    ConditionStatus,
+    Reason,
     RestartMethod,
     RestartOutcome,
     RestartStatus,
@@ -370,6 +373,20 @@ def test_a_pod_that_is_gone_skips_its_restart() -> None:
     status = written(snapshot)
     assert status.outcome is RestartOutcome.SKIPPED
     assert status.conditions[0].reason == "PodGone"
+
+
+def test_a_restart_by_hand_whose_pod_went_while_it_waited_is_skipped() -> None:
+    said = Condition(
+        type="Admitted",
+        status=ConditionStatus.FALSE,
+        reason=Reason.POD_DISRUPTION_BUDGET,
+        last_transition_time=ago(50),
+    )
+    by_hand = make_restart(make_pod("speech-old", uid=""), created=ago(60))
+    assert written(make_snapshot(restarts=(by_hand,))).outcome is RestartOutcome.FAILED
+    waited = replace(by_hand, status=RestartStatus(conditions=[said]))
+    status = written(make_snapshot(restarts=(waited,)))
+    assert (status.outcome, status.conditions[0].reason) == ("Skipped", "PodGone")
 
 
 def test_a_residual_that_went_away_by_itself_skips_its_restart() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from vram_operator.api import WorkloadStatus
+from vram_operator.api import RestartMethod, RestartTrigger, WorkloadStatus
+from vram_operator.core.plan import CallRestart, PatchRestartStatus, Plan
+from vram_operator.core.planning import plan
 from vram_operator.core.snapshot import Snapshot
 from vram_operator.live import StaleError
 from vram_operator.metrics import Metrics
@@ -15,7 +17,11 @@ from vram_operator.reconcile import Reconciler
 
 from tests.support.factories import (
     NOW,
+    make_agent,
+    make_answer,
+    make_pod,
     make_policy,
+    make_restart,
     make_snapshot,
     make_template_spec,
     make_workload,
@@ -48,12 +54,14 @@ class Gathered:
 class Apiserver:
     """Refuses as many writes as it is told to."""
 
-    conflicts: int
+    conflicts: int = 0
+    actions: list[Any] = field(default_factory=list)
 
-    async def apply(self, *_: Any) -> None:
+    async def apply(self, _: Any, planned: Plan) -> None:
         if self.conflicts:
             self.conflicts -= 1
             raise StaleError("the workload has changed")
+        self.actions += planned.actions
 
 
 def missed() -> Snapshot:
@@ -75,3 +83,18 @@ async def test_a_missed_run_counts_once_however_often_the_status_write_fails() -
             await reconciler.reconcile(KEY)
     await reconciler.reconcile(KEY)
     assert metrics.registry.get_sample_value("vram_operator_schedule_missed_total") == 1
+
+
+async def test_no_agent_is_called_while_other_workloads_wait_to_be_admitted() -> None:
+    pod = make_pod()
+    restart = make_restart(pod, method=RestartMethod.IN_PLACE, trigger=RestartTrigger.MANUAL)
+    snapshot = make_snapshot(
+        pods=(pod,), agents=(make_agent(pod),), restarts=(restart,), evictions=(make_answer(pod),)
+    )
+    kinds = {type(one) for one in plan(snapshot, NOW).actions}
+    assert {CallRestart, PatchRestartStatus} <= kinds
+    gathered: Any = Gathered(snapshot)
+    applier: Any = Apiserver()
+    delay = await Reconciler(gathered, applier, Metrics(), StoppedClock()).reconcile(KEY)
+    done = {type(one) for one in applier.actions}
+    assert (CallRestart in done, PatchRestartStatus in done, delay) == (False, True, 0.0)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from vram_agent.protocol import AgentConfig, ConfigMetadata
 from vram_operator.core.plan import Knock, PushConfig
+from vram_operator.core.snapshot import PushAnswer
 from vram_operator.facts import Facts
 from vram_operator.slow_calls import SlowCalls
 
@@ -110,3 +111,25 @@ async def test_a_call_that_breaks_is_told_and_ends(bench: Bench) -> None:
     bench.calls.begin(KEY, push(3))
     await bench.settle()
     assert bench.news == [KEY]
+
+
+@pytest.mark.parametrize(
+    ("generation", "status", "said"),
+    [
+        pytest.param(3, 400, 400, id="why it was refused stays said"),
+        pytest.param(2, 400, 0, id="of another config it says nothing"),
+        pytest.param(3, 401, 0, id="the agent takes our calls by now"),
+    ],
+)
+async def test_what_is_said_of_a_config_that_is_pushed_again(
+    bench: Bench, generation: int, status: int, said: int
+) -> None:
+    bench.facts.record_push(POD.uid, PushAnswer(generation=generation, at=ago(300), status=status))
+    bench.facts.record_word(POD.uid, 404, ago(1))
+    bench.calls.begin(KEY, push(3))
+    agent = bench.facts.agent(POD.uid)
+    assert agent.push is not None
+    assert (agent.push.generation, agent.push.status, agent.push.at) == (3, said, NOW)
+    assert not agent.refuses
+    bench.agents.go.set()
+    await bench.settle()

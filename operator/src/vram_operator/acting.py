@@ -80,12 +80,14 @@ class Acting:
             metrics=around.metrics,
             clock=around.clock,
         )
-        self._reconciler = Reconciler(self._gatherer, Applier(tools), around.metrics, around.clock)
+        self._applier = Applier(tools)
+        self._reconciler = Reconciler(self._gatherer, self._applier, around.metrics, around.clock)
         self._queue: KeyedQueue[Key] = KeyedQueue(self._reconciler.reconcile, self._on_error)
         self._connect()
 
     def _connect(self) -> None:
         self._poller.on_news = self._queue.add
+        self._applier.calls.on_answer = self._queue.add
         self._poller.metrics = self._around.metrics
         self._gatherer.public_keys = lambda: self._require_signer().public_keys_pem
         gauges = Gauges(

@@ -23,9 +23,11 @@ from vram_operator.core.plan import (
     DeleteRestart,
     EmitEvent,
     EnsureObject,
+    Knock,
     PatchRestartStatus,
     PatchWorkloadStatus,
     Plan,
+    PushConfig,
 )
 from vram_operator.core.snapshot import (
     Workload,
@@ -49,6 +51,7 @@ from vram_operator.metrics import Metrics
 from vram_operator.pod_actions import PodActions
 from vram_operator.pods import read_restart, read_workload_status
 from vram_operator.refusal import orphaned_status, refused_status
+from vram_operator.slow_calls import SlowCalls
 
 KINDS = {
     "Deployment": DEPLOYMENTS,
@@ -78,7 +81,7 @@ class Tools:
 
 
 class Applier:
-    """Carries out plans; keeps nothing between two of them."""
+    """Carries out plans; between two of them it keeps only ``calls`` that have no answer yet."""
 
     def __init__(self, tools: Tools) -> None:
         self._api = tools.api
@@ -89,6 +92,7 @@ class Applier:
         self._clock = tools.clock
         self._live = Live(tools.api, tools.cache)
         self._pods = PodActions(tools.api, self._live, tools.agents, tools.facts, tools.clock)
+        self.calls = SlowCalls(self._pods, tools.facts, tools.clock)
 
     async def apply(self, workload: Workload, plan: Plan) -> None:
         """Carry out every action in order.
@@ -114,6 +118,8 @@ class Applier:
                 await self._write_workload_status(workload, action)
             case EmitEvent():
                 await self._events.write(workload, action)
+            case PushConfig() | Knock():
+                self.calls.begin((workload.namespace, workload.name), action)
             case _:
                 await self._pods.carry_out(workload.namespace, action)
 

@@ -25,7 +25,8 @@ from vram_operator.core.snapshot import (
 from vram_operator.kube import Object
 
 KEPT_CALLS = 8
-_REFUSED = frozenset({401, 403})
+REFUSING = frozenset({401, 403})
+"""What an agent answers that does not take our signed calls."""
 
 
 class Facts:
@@ -77,7 +78,7 @@ class Facts:
         again later. 3. It takes them.
         """
         agent = self.agent(pod_uid)
-        if status in _REFUSED or (status == 0 and agent.refuses):  # 1, 2
+        if status in REFUSING or (status == 0 and agent.refuses):  # 1, 2
             agent = replace(agent, refuses=True, refused_at=at)
         elif status:  # 3
             agent = replace(agent, refuses=False, refused_at=None)

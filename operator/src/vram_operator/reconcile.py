@@ -23,6 +23,7 @@ from vram_operator.core.planning import plan
 from vram_operator.core.snapshot import Snapshot
 from vram_operator.gather import Gatherer, InvalidWorkloadError
 from vram_operator.metrics import Metrics
+from vram_operator.pod_actions import PodAction
 
 # A plan that still finds something to do right after it was carried out comes again at once, but
 # not for ever: one that never settles must not take the whole operator with it.
@@ -70,7 +71,9 @@ class Reconciler:
                 if snapshot is None:
                     return 0.0
                 planned = plan(snapshot, self._clock.now())
-                return await self._apply(key, snapshot, planned)
+                if takes_a_place(snapshot, planned):
+                    return await self._apply(key, snapshot, without_calls(planned))
+            return await self._apply(key, snapshot, planned)
 
     async def _apply(self, key: Key, snapshot: Snapshot, planned: Plan) -> float | None:
         self.blocked[key] = tuple(str(one.reason) for one in planned.blocked)
@@ -129,6 +132,15 @@ def takes_a_place(snapshot: Snapshot, planned: Plan) -> bool:
         and _is_admitted(action.status.conditions)
         for action in planned.actions
     )
+
+
+def without_calls(planned: Plan) -> Plan:
+    """Return what a plan writes. The calls to pods are for the next visit, which comes at once.
+
+    An agent that does not answer must not keep other workloads from being admitted.
+    """
+    writes = tuple(one for one in planned.actions if not isinstance(one, PodAction))
+    return replace(planned, actions=writes)
 
 
 def _is_admitted(conditions: Sequence[Condition]) -> bool:

@@ -65,6 +65,7 @@ def plan(snapshot: Snapshot, now: datetime) -> Plan:
             *_tell_missed(decisions.missed_run),
             *turns.actions,
             *removals,
+            *upkeep.calls,
         ),
         status=status,
         requeue_at=_later_than(

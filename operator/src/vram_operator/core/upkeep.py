@@ -45,6 +45,8 @@ class Upkeep:
     """What to apply and push, and when to look again."""
 
     actions: tuple[Action, ...]
+    calls: tuple[Action, ...] = ()
+    """What is sent to agents: whoever waits for their answers does it last."""
     requeue_at: datetime | None = None
 
 
@@ -62,7 +64,7 @@ def plan_upkeep(visit: Visit) -> Upkeep:
     objects = tuple(_plan_objects(visit))  # 2, 3
     pushes, again = _plan_pushes(visit)  # 4
     knocks, knock_at = _plan_knocks(visit)  # 5
-    return Upkeep((*objects, *pushes, *knocks), earliest([again, knock_at]))
+    return Upkeep(objects, (*pushes, *knocks), earliest([again, knock_at]))
 
 
 def _plan_objects(visit: Visit) -> Iterator[EnsureObject]:

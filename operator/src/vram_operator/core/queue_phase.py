@@ -41,6 +41,7 @@ POD_APPEARS = timedelta(seconds=15)
 """For so long after its creation a restart waits for a pod that no watch has shown yet."""
 LOOKS_AGAIN = timedelta(seconds=10)
 """A restart that waits looks again after this, whatever it waits for."""
+_UNSEEN = frozenset({Reason.PENDING, Reason.POD_NOT_FOUND, Reason.WORKLOAD_NOT_FOUND})
 _DISPROOFS = frozenset({EvidenceReason.BELOW_THRESHOLD, EvidenceReason.THRESHOLD_TOO_LOW})
 
 
@@ -89,13 +90,19 @@ def _without_pod(visit: Visit, restart: Restart) -> Turn:
             RestartCondition.ADMITTED, ConditionStatus.FALSE, Reason.POD_NOT_FOUND, message
         )
         return Turn(restart=note(visit, restart, finding), requeue_at=appears)
-    if first and not restart.spec.pod.uid:
+    if first and not restart.spec.pod.uid and not _was_seen(restart):
         message = f"workload {restart.spec.workload} has no pod {name}"
         outcome, reason = RestartOutcome.FAILED, Reason.POD_NOT_FOUND
     else:
         message = f"pod {name} is gone, and its memory with it"
         outcome, reason = RestartOutcome.SKIPPED, Reason.POD_GONE
     return finish(visit, restart, End(outcome, RestartCondition.ADMITTED, reason, message))
+
+
+def _was_seen(restart: Restart) -> bool:
+    """Did the restart wait for something else than its pod?"""
+    admitted = find_condition(restart.status.conditions, RestartCondition.ADMITTED)
+    return admitted is not None and admitted.reason not in _UNSEEN
 
 
 def _was_there(visit: Visit, restart: Restart) -> bool:

@@ -37,6 +37,7 @@ class Facts:
         self._evictions: dict[str, EvictionAnswer] = {}
         self._applied: dict[str, str] = {}
         self._refused: dict[str, tuple[int, str]] = {}
+        self._meant: dict[str, str] = {}
 
     def agent(self, pod_uid: str) -> Agent:
         """Return what is known of the agent; one that says nothing when nothing is."""
@@ -87,6 +88,21 @@ class Facts:
     def record_eviction(self, answer: EvictionAnswer) -> None:
         """Keep the answer to an eviction, dry run or real."""
         self._evictions[answer.pod_uid] = answer
+
+    def meant_pod(self, restart_uid: str, found: str) -> str:
+        """Return the UID of the pod that a restart by name is about: the first that was found.
+
+        A StatefulSet gives the replacement the same name, maybe within the same second.
+        """
+        return (
+            self._meant.setdefault(restart_uid, found)
+            if found
+            else self._meant.get(restart_uid, "")
+        )
+
+    def forget_meant_pod(self, restart_uid: str) -> None:
+        """Drop it: the restart has ended."""
+        self._meant.pop(restart_uid, None)
 
     def record_applied(self, path: str, obj: Object) -> None:
         """Keep what the object at ``path`` looks like after we applied it."""

@@ -7,16 +7,20 @@ be. `apply` reads again what it is about to act on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+
+from msgspec import structs
 
 from vram_operator.api import TRUST_CONFIG_MAP, TRUST_KEY, RestartCondition, WorkloadSpec
 from vram_operator.cache import Cache, Key
 from vram_operator.clock import Clock, parse_time
+from vram_operator.core.phases import concerns
 from vram_operator.core.snapshot import (
     ActiveRestart,
     Cluster,
     OwnedObject,
+    Pod,
     Restart,
     Rival,
     Settings,
@@ -103,7 +107,7 @@ class Gatherer:
             objects=objects,
             pods=pods,
             agents=tuple(self._facts.agent(pod.uid) for pod in pods),
-            restarts=tuple(self._restarts(key)),
+            restarts=tuple(self._with_pod(restart, pods) for restart in self._restarts(key)),
             evictions=tuple(answer for answer in answers if answer is not None),
             rivals=tuple(self._rivals(key, workload.spec)),
         )
@@ -179,6 +183,18 @@ class Gatherer:
                 except InvalidObjectError:
                     # The schema admits what we write; what else is there is not ours to act on.
                     continue
+
+    def _with_pod(self, restart: Restart, pods: Collection[Pod]) -> Restart:
+        """Return a restart that a person wrote by the pod's name with the UID of that pod."""
+        if restart.spec.pod.uid:
+            return restart
+        if restart.status.outcome is not None:
+            self._facts.forget_meant_pod(restart.uid)
+            return restart
+        found = next((pod.uid for pod in pods if pod.is_present and concerns(restart, pod)), "")
+        uid = self._facts.meant_pod(restart.uid, found)
+        spec = structs.replace(restart.spec, pod=structs.replace(restart.spec.pod, uid=uid))
+        return replace(restart, spec=spec)
 
     def _rivals(self, key: Key, spec: WorkloadSpec) -> Iterator[Rival]:
         if spec.target_ref is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,16 +11,8 @@ from vram_operator.facts import Facts
 from vram_operator.gauges import Gauges
 from vram_operator.kube import PODS, WORKLOADS
 
+from tests.support.clocks import StoppedClock
 from tests.support.factories import GIB, NOW, ago, make_pod, make_report, rfc3339
-
-
-@dataclass
-class StoppedClock:
-    def now(self) -> datetime:
-        return NOW
-
-    def monotonic(self) -> float:
-        return 0.0
 
 
 def raw_pod(name: str, age_seconds: float = 3600, **fields: Any) -> dict[str, Any]:

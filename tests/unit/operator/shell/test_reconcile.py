@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from vram_operator.live import StaleError
 from vram_operator.metrics import Metrics
 from vram_operator.reconcile import Reconciler
 
+from tests.support.clocks import StoppedClock
 from tests.support.factories import (
     NOW,
     make_agent,
@@ -28,15 +29,6 @@ from tests.support.factories import (
 )
 
 KEY = ("lab", "speech")
-
-
-@dataclass
-class StoppedClock:
-    def now(self) -> datetime:
-        return NOW
-
-    def monotonic(self) -> float:
-        return 0.0
 
 
 @dataclass

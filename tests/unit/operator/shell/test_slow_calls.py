@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 import pytest
@@ -14,19 +13,11 @@ from vram_operator.core.snapshot import PushAnswer
 from vram_operator.facts import Facts
 from vram_operator.slow_calls import SlowCalls
 
+from tests.support.clocks import StoppedClock
 from tests.support.factories import NOW, ago, make_pod
 
 KEY = ("lab", "speech")
 POD = make_pod()
-
-
-@dataclass
-class StoppedClock:
-    def now(self) -> datetime:
-        return NOW
-
-    def monotonic(self) -> float:
-        return 0.0
 
 
 @dataclass

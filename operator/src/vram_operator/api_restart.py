@@ -12,7 +12,15 @@ from msgspec import Meta, field
 from vram_agent.protocol import Quantity
 
 from vram_operator.api_names import RestartMethod, RestartOutcome, RestartTrigger
-from vram_operator.api_wire import Condition, Spec, Status, Timestamp
+from vram_operator.api_wire import (
+    MAP_BY_TYPE,
+    Condition,
+    DrainTimeoutSeconds,
+    ObservedGeneration,
+    Spec,
+    Status,
+    Timestamp,
+)
 
 
 class PodRef(Spec, frozen=True, kw_only=True):
@@ -68,15 +76,7 @@ class RestartSpec(Spec, frozen=True, kw_only=True):
             "Manual, then the next step while the residual remains. Otherwise this step alone."
         ),
     ] = RestartMethod.AUTO
-    drain_timeout_seconds: Annotated[
-        int,
-        Meta(
-            ge=0,
-            le=86_400,
-            description="How long accepted requests may take before the restart goes on without "
-            "them.",
-        ),
-    ] = 300
+    drain_timeout_seconds: DrainTimeoutSeconds = 300
     reason: Annotated[
         str, Meta(max_length=1024, description="The evidence, as a sentence with figures.")
     ] = ""
@@ -112,19 +112,14 @@ class MemoryFigures(Status, frozen=True, kw_only=True):
 class RestartStatus(Status, frozen=True, kw_only=True):
     """How far a restart has come, and what it gained."""
 
-    observed_generation: Annotated[
-        int, Meta(ge=0, description="The generation of the spec that this status is about.")
-    ] = 0
+    observed_generation: ObservedGeneration = 0
     conditions: Annotated[
         list[Condition],
         Meta(
             max_length=16,
             description="Admitted, Drained, Restarted and Recovered; reason and message say what "
             "blocks.",
-            extra_json_schema={
-                "x-kubernetes-list-type": "map",
-                "x-kubernetes-list-map-keys": ["type"],
-            },
+            extra_json_schema=MAP_BY_TYPE,
         ),
     ] = field(default_factory=list)
     outcome: Annotated[

@@ -21,6 +21,19 @@ T = TypeVar("T", bound=Struct)
 
 # RFC 3339, always with an offset; the apiserver checks the format date-time.
 Timestamp = Annotated[datetime, Meta(tz=True)]
+DrainTimeoutSeconds = Annotated[
+    int,
+    Meta(
+        ge=0,
+        le=86_400,
+        description="How long accepted requests may take before the restart goes on without them.",
+    ),
+]
+ObservedGeneration = Annotated[
+    int, Meta(ge=0, description="The generation of the spec that this status is about.")
+]
+# Conditions merge by their type: each writer owns the ones that it sets.
+MAP_BY_TYPE = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
 
 
 class Spec(Struct, rename="camel", frozen=True, kw_only=True, omit_defaults=True):
@@ -103,4 +116,14 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-__all__ = ["Condition", "Spec", "Status", "Timestamp", "decode", "encode"]
+__all__ = [
+    "MAP_BY_TYPE",
+    "Condition",
+    "DrainTimeoutSeconds",
+    "ObservedGeneration",
+    "Spec",
+    "Status",
+    "Timestamp",
+    "decode",
+    "encode",
+]

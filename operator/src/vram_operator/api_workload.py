@@ -20,7 +20,7 @@ from vram_operator.api_rules import (
     THRESHOLD_RULES,
     TIME_ZONE_RULES,
 )
-from vram_operator.api_wire import Spec
+from vram_operator.api_wire import DrainTimeoutSeconds, Spec
 
 _CRON_FIELD = r"[0-9A-Za-z*/,#?-]+"
 _CRON = (
@@ -214,15 +214,7 @@ class RestartPolicy(Spec, frozen=True, kw_only=True):
             "number, or a percentage of the replicas, rounded down, at least one."
         ),
     ] = 1
-    drain_timeout_seconds: Annotated[
-        int,
-        Meta(
-            ge=0,
-            le=86_400,
-            description="How long accepted requests may take before the restart goes on without "
-            "them.",
-        ),
-    ] = 300
+    drain_timeout_seconds: DrainTimeoutSeconds = 300
     cooldown_seconds: Annotated[
         int,
         Meta(

@@ -13,7 +13,7 @@ from msgspec import Meta, field
 from vram_agent.protocol import DnsLabel, Quantity
 
 from vram_operator.api_names import RestartMethod, RestartOutcome, RestartTrigger
-from vram_operator.api_wire import Condition, Status, Timestamp
+from vram_operator.api_wire import MAP_BY_TYPE, Condition, ObservedGeneration, Status, Timestamp
 
 
 class AgentCounts(Status, frozen=True, kw_only=True):
@@ -61,19 +61,14 @@ class LastRestart(Status, frozen=True, kw_only=True):
 class WorkloadStatus(Status, frozen=True, kw_only=True):
     """What the operator sees of a GPUModelWorkload. Live figures are in its metrics."""
 
-    observed_generation: Annotated[
-        int, Meta(ge=0, description="The generation of the spec that this status is about.")
-    ] = 0
+    observed_generation: ObservedGeneration = 0
     conditions: Annotated[
         list[Condition],
         Meta(
             max_length=32,
             description="Accepted, Ready, AgentsReporting, ResidualHigh, VRAMHigh, Restarting, "
             "RestartBlocked and Degraded, all from the first visit on.",
-            extra_json_schema={
-                "x-kubernetes-list-type": "map",
-                "x-kubernetes-list-map-keys": ["type"],
-            },
+            extra_json_schema=MAP_BY_TYPE,
         ),
     ] = field(default_factory=list)
     selector: Annotated[

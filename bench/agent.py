@@ -77,6 +77,12 @@ def transcribe(url: str) -> float:
     return seconds
 
 
+def weight_bytes(control: str) -> int:
+    """What the model weighs, as the agent reports it."""
+    (model,) = requests.get(f"{control}/report", timeout=LIMIT_SECONDS).json()["models"]
+    return int(model["hostBytes"])
+
+
 def main() -> None:
     """Measure and record."""
     ready: list[float] = []
@@ -84,6 +90,7 @@ def main() -> None:
     first: list[float] = []
     host: list[float] = []
     pinned: list[float] = []
+    weight = 0
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(SAMPLES):
             began = time.monotonic()
@@ -92,12 +99,12 @@ def main() -> None:
             with agent(Path(folder)) as (serving, control, seconds):
                 ready.append(seconds)
                 first.append(transcribe(serving))
+                weight = weight_bytes(control)
                 pinned.append(transcribe(serving))
                 requests.post(
                     f"{control}/models/whisper/offload?tier=Host", timeout=LIMIT_SECONDS
                 ).raise_for_status()
                 host.append(transcribe(serving))
-    weight = 14_751_232
     fresh = "a fresh agent's first answer"
     write(
         "agent",

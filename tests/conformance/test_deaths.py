@@ -16,6 +16,7 @@ import pytest
 from vram_agent.backend import ProcessExit
 from vram_agent.errors import ModelFailedError, NotResidentError, WorkerDiedError
 from vram_agent.processes.group import ProcessGroup
+from vram_agent.processes.linux import adopt_orphans
 
 from tests.conformance.cases import HERE, Case, array_of, infer, python_spec
 from tests.conformance.conftest import list_children
@@ -232,6 +233,7 @@ def test_when_the_supervisor_is_killed_its_processes_end() -> None:
 
         asyncio.run(main())
     """)
+    adopt_orphans()
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as supervisor:
         assert supervisor.stdout is not None
         pids = [int(word) for word in supervisor.stdout.readline().split()]

@@ -69,13 +69,17 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model in host memory: its size, what it can do and, for INFER, its signature."""
+    """A model in host memory: its size, what it can do and, for INFER, its signature.
+
+    ``message`` says what was unusual about the load; empty for nothing.
+    """
 
     name: str
     weight_bytes: int
     tasks: frozenset[TaskKind]
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ Knows neither torch nor onnxruntime.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from msgspec import Struct
 
@@ -115,8 +115,16 @@ class DeviceMemory(Protocol):
         """Return a new block. Raises OutOfDeviceMemoryError."""
         ...
 
-    def pin(self, address: int, nbytes: int) -> None:
-        """Make host memory fast to copy from, if that helps here. Idempotent, never fails."""
+    def upload(self, target: Any, source: Any, address: int) -> None:
+        """Copy flat uint8 tensors, from host memory at ``address`` onto the device, to the end."""
+        ...
+
+    def unpin(self, address: int, nbytes: int) -> None:
+        """Let go of host memory that is about to be given back. Idempotent."""
+        ...
+
+    def explain_copies(self) -> str:
+        """Why copies are slower than they could be; empty where they are not."""
         ...
 
     def synchronize(self) -> None:

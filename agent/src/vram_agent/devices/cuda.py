@@ -260,8 +260,16 @@ class DriverMemory:
         """Raise OutOfDeviceMemoryError: without torch there is nothing to allocate for."""
         raise OutOfDeviceMemoryError(nbytes, 0, self.placement.total_bytes)
 
-    def pin(self, address: int, nbytes: int) -> None:
+    def upload(self, target: Any, source: Any, address: int) -> None:  # noqa: ARG002 - the protocol's
+        """Raise OutOfDeviceMemoryError: without torch there is nothing to copy to."""
+        raise OutOfDeviceMemoryError(len(source), 0, self.placement.total_bytes)
+
+    def unpin(self, address: int, nbytes: int) -> None:
         """Do nothing."""
+
+    def explain_copies(self) -> str:
+        """Return nothing: ONNX Runtime copies by itself."""
+        return ""
 
     def synchronize(self) -> None:
         """Do nothing: ONNX Runtime's calls return when the device has finished."""

@@ -9,18 +9,11 @@ It knows no torch.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 from dataclasses import dataclass
 
-PAGE_BYTES = 1 << 21
-"""Regions begin at multiples of 2 MiB, so that huge pages and cudaHostRegister may cover them."""
-
-
-def align(nbytes: int, unit: int) -> int:
-    """Return the least multiple of ``unit`` that is not below ``nbytes``."""
-    return -(-nbytes // unit) * unit
+from vram_agent.pages import HUGE_PAGE_BYTES, address_of, advise_huge_pages, align, populate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,16 +35,17 @@ class Region:
         self.nbytes = nbytes
         self.reserved_bytes = reserved_bytes
         self.buffer = mmap.mmap(arena.fd, reserved_bytes, mmap.MAP_SHARED, offset=offset)
+        advise_huge_pages(self.buffer)
         self._is_released = False
 
     @property
     def address(self) -> int:
         """Address of the mapping in this process and, before its exec, in any fork of it."""
-        probe = ctypes.c_char.from_buffer(self.buffer)
-        try:
-            return ctypes.addressof(probe)
-        finally:
-            del probe
+        return address_of(self.buffer)
+
+    def populate(self) -> None:
+        """Fault all pages in before they are written. Raises OSError when memory is out."""
+        populate(self.address, align(self.nbytes, mmap.PAGESIZE))
 
     def release(self) -> None:
         """Give the pages back to the system, in every process that maps them. Idempotent."""
@@ -84,7 +78,8 @@ class Arena:
 
     def allocate(self, nbytes: int) -> Region:
         """Return a region of at least ``nbytes``, zeroed. Raises OSError when memory is out."""
-        reserved = align(max(nbytes, 1), PAGE_BYTES)
+        # Multiples of a huge page, so that those and cudaHostRegister may cover each region.
+        reserved = align(max(nbytes, 1), HUGE_PAGE_BYTES)
         for gap in self._gaps:
             if gap.nbytes >= reserved:
                 self._gaps.remove(gap)

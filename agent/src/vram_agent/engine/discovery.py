@@ -42,11 +42,18 @@ class Found:
     value: Any
 
 
-def walk(root: object, is_leaf: Callable[[object], bool]) -> Iterator[Found]:
+def _ignore(_: object) -> None:
+    return
+
+
+def walk(
+    root: object, is_leaf: Callable[[object], bool], visit: Callable[[object], None] = _ignore
+) -> Iterator[Found]:
     """Yield each leaf that can be reached from ``root`` once, nearest first.
 
-    Walks attributes (``__dict__`` and slots), mappings, lists, tuples, sets, deques, partials,
-    bound methods and closures; never modules, classes or globals. No property is called.
+    ``visit`` is called with every other object before its children are looked at. Walks attributes
+    (``__dict__`` and slots), mappings, lists, tuples, sets, deques, partials, bound methods and
+    closures; never modules, classes or globals. No property is called.
     """
     seen: set[int] = set()
     waiting: deque[Found] = deque([Found("model", root)])
@@ -62,6 +69,7 @@ def walk(root: object, is_leaf: Callable[[object], bool]) -> Iterator[Found]:
         if is_leaf(value):
             yield found
             continue
+        visit(value)
         waiting.extend(_children(found))
 
 

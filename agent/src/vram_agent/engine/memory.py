@@ -20,6 +20,6 @@ def open_memory(placement: Placement) -> DeviceMemory:
 
     if importlib.util.find_spec("torch") is None:
         return DriverMemory(placement)
-    from vram_agent.engine.torch import CudaMemory  # noqa: PLC0415 - takes seconds to import
+    from vram_agent.engine.cuda import CudaMemory  # noqa: PLC0415 - takes seconds to import
 
     return CudaMemory(placement, lambda: measure_used_bytes(placement.uuid))

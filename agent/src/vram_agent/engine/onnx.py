@@ -48,6 +48,9 @@ class SessionChoices:
 class OnnxWeights:
     """A model's files in the arena and, while it is on the device, its session."""
 
+    notes = ""
+    stray_bytes = 0
+
     def __init__(
         self,
         model: Path,

@@ -2,224 +2,188 @@
 
 Why it exists: weights are frozen, so an offload need not copy anything back: it points
 ``tensor.data`` at the arena again and frees the device's block. A restore is one flat allocation
-and chunked copies. Called by the runtimes (adopt) in the template and by processes/gpu.py
-(restore, offload) in the GPU process. The only module of the engine that imports torch.
+and copies at the speed of the bus. Called by the runtimes (adopt) in the template and by
+processes/gpu.py (restore, offload) in the GPU process.
 
 Limits, on purpose: a weight changed through ``.data`` leaves no trace in ``_version`` and is lost
 at offload; all weights of a model share one storage while they are on the device, so
-``copy.deepcopy`` of one of them copies them all; CUDA graphs do not survive an offload.
+``copy.deepcopy`` of one of them copies them all; a model with captured CUDA graphs is not
+offloaded, since a graph replays with the addresses that it was captured with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from vram_agent.devices.base import (
-    Block,
-    DeviceMemory,
-    MemoryFigures,
-    OutOfDeviceMemoryError,
-    Placement,
+from vram_agent.devices.base import Block, DeviceMemory
+from vram_agent.engine.arena import Arena
+from vram_agent.engine.cuda import GRAPHS
+from vram_agent.engine.discovery import Found
+from vram_agent.engine.rules import NO_RULES, TensorRules
+from vram_agent.engine.strays import Strays
+from vram_agent.engine.tensors import (
+    WANTED,
+    LeftAlone,
+    Member,
+    SharedStorage,
+    as_bytes,
+    describe_view,
+    explain_unmovable,
+    find_graph,
+    find_tensors,
+    group_tensors,
 )
-from vram_agent.engine.arena import Arena, align
-from vram_agent.engine.discovery import Found, walk
 from vram_agent.engine.weights import Offloaded
+from vram_agent.pages import align
+from vram_agent.protocol import DeviceKind
 
 ALIGNMENT_BYTES = 512
 """What torch's CUDA allocator aligns to; enough for every vector instruction of a CPU."""
-COPY_CHUNK_BYTES = 64 << 20
+_NAMED = 3
 
 
-@dataclass(slots=True)
-class _Member:
-    """One tensor object that looks into a storage."""
-
-    path: str
-    tensor: torch.Tensor
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset_items: int
-    dtype: torch.dtype
-    version: int = 0
-
-    def view_of(self, flat: torch.Tensor, offset_bytes: int) -> torch.Tensor:
-        """Return the same view, of the storage that lies at ``offset_bytes`` of ``flat``."""
-        typed = flat.view(self.dtype)
-        items = offset_bytes // self.dtype.itemsize + self.offset_items
-        return torch.as_strided(typed, self.shape, self.stride, items)
-
-
-@dataclass(slots=True)
-class _Shared:
-    """One storage, and every tensor that looks into it: tied weights stay tied."""
-
-    nbytes: int
-    source: torch.UntypedStorage | None
-    members: list[_Member]
-    offset_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class LeftAlone:
-    """A tensor that is not moved, and why."""
-
-    path: str
-    reason: str
-
-
-def is_tensor(value: object) -> bool:
-    """Whether discovery stops at a value: it is a tensor."""
-    return isinstance(value, torch.Tensor)
-
-
-def find_tensors(root: object) -> Iterator[Found]:
-    """Yield every tensor object that hangs off ``root``, each once."""
-    seen: set[int] = set()
-    for found in walk(root, is_tensor):
-        seen.add(id(found.value))
-        yield found
-    # A ScriptModule keeps its tensors in C++, where no walk over attributes comes.
-    if isinstance(root, torch.jit.ScriptModule):
-        for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
-            if id(tensor) not in seen:
-                yield Found(f"model.{name}", tensor)
-
-
-_UNMOVABLE: tuple[tuple[Callable[[torch.Tensor], bool], str], ...] = (
-    (lambda t: t.layout != torch.strided, "its layout has no flat storage"),
-    (lambda t: t.is_quantized, "quantised tensors carry their scales outside of the storage"),
-    (lambda t: t.device.type not in {"cpu", "cuda"}, "its device holds no bytes that could move"),
-    (
-        lambda t: type(t).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl,  # noqa: SLF001 - torch has no public test for this
-        "its class decides itself what its data is",
-    ),
-    (lambda t: t.is_inference(), "tensors made in inference mode cannot be pointed elsewhere"),
-    (lambda t: t.is_conj() or t.is_neg(), "it is a lazy conjugate or negative"),
-)
-
-
-def explain_unmovable(tensor: torch.Tensor) -> str:
-    """Return why a tensor must stay where it is; empty when it can be moved."""
-    return next((words for applies, words in _UNMOVABLE if applies(tensor)), "")
+class CapturedGraphError(Exception):
+    """A model cannot be offloaded: this process holds CUDA graphs with its addresses."""
 
 
 class TorchWeights:
     """The tensors of one model: in the arena from the start, on the device while resident."""
 
-    def __init__(self, root: object, arena: Arena) -> None:
-        """Move every tensor that hangs off ``root`` into the arena.
+    def __init__(self, root: object, arena: Arena, rules: TensorRules = NO_RULES) -> None:
+        """Move every tensor that hangs off ``root`` into the arena, but for what ``rules`` say.
 
         Raises OSError when host memory is out; ``root`` is then of no use.
         """
-        self.left_alone: list[LeftAlone] = []
-        self._storages = self._discover(root)
-        self.weight_bytes = 0
-        for shared in self._storages:
-            shared.offset_bytes = self.weight_bytes
-            self.weight_bytes += align(shared.nbytes, ALIGNMENT_BYTES)
+        self._root: object = root
+        found = list(find_tensors(root))
+        tensors = group_tensors(found, rules)
+        self.left_alone: list[LeftAlone] = tensors.left
+        self.notes = _describe_left(tensors.left)
+        self._moved, self._dropped = tensors.moved, tensors.dropped
+        self.weight_bytes = _lay_out(self._moved, 0)
+        self._device_bytes = _lay_out(self._dropped, self.weight_bytes)
+        self._is_cpu = True
+        self._strays = Strays(rules, self._is_on_device)
+        self._strays.note_loaded(found)
         self._region = arena.allocate(self.weight_bytes)
-        self._host = _over(self._region.buffer)
+        self._region.populate()
+        self._host = as_bytes(self._region.buffer)
+        self._views: list[Member] = []
+        self._memory: DeviceMemory | None = None
         self._device: torch.Tensor | None = None
         self._block: Block | None = None
-        for shared in self._storages:
-            self._adopt(shared)
+        self._vram_bytes: int | None = None
+        for shared in self._moved:
+            # The old storage is freed here, before the next is copied: one is held twice.
+            shared.slice_of(self._host).copy_(shared.take_source())
+            shared.point(self._host)
+        for shared in self._dropped:
+            shared.source = None
+            shared.empty()
 
-    def _discover(self, root: object) -> list[_Shared]:
-        by_storage: dict[int, _Shared] = {}
-        fixed: dict[int, str] = {}
-        for found in find_tensors(root):
-            tensor: torch.Tensor = found.value
-            reason = explain_unmovable(tensor)
-            if reason:
-                self.left_alone.append(LeftAlone(found.path, reason))
-                if tensor.layout == torch.strided and tensor.device.type != "meta":
-                    fixed[_storage_key(tensor)] = found.path
-                continue
-            if tensor.untyped_storage().nbytes() == 0:
-                continue
-            shared = by_storage.setdefault(
-                _storage_key(tensor),
-                _Shared(tensor.untyped_storage().nbytes(), tensor.untyped_storage(), []),
-            )
-            shared.members.append(
-                _Member(
-                    found.path,
-                    tensor,
-                    tensor.shape,
-                    tensor.stride(),
-                    int(tensor.storage_offset()),
-                    tensor.dtype,
-                )
-            )
-        for key, path in fixed.items():
-            for member in by_storage.pop(key).members if key in by_storage else ():
-                self.left_alone.append(LeftAlone(member.path, f"it shares its storage with {path}"))
-        return list(by_storage.values())
-
-    def _adopt(self, shared: _Shared) -> None:
-        assert shared.source is not None  # noqa: S101 - only a new entry is adopted
-        source = torch.empty(0, dtype=torch.uint8, device=shared.source.device)
-        source.set_(shared.source)
-        self._slice(self._host, shared).copy_(source)
-        # The old storage is freed here, before the next is copied: one storage is held twice.
-        shared.source = None
-        self._point(shared, self._host)
-
-    @staticmethod
-    def _slice(flat: torch.Tensor, shared: _Shared) -> torch.Tensor:
-        return flat[shared.offset_bytes : shared.offset_bytes + shared.nbytes]
-
-    @staticmethod
-    def _point(shared: _Shared, flat: torch.Tensor) -> None:
-        for member in shared.members:
-            member.tensor.data = member.view_of(flat, shared.offset_bytes)
-            member.version = member.tensor._version  # noqa: SLF001 - torch's only sign of a write
+    @property
+    def stray_bytes(self) -> int:
+        """Device memory of tensors that tasks left on the model, as of the last offload."""
+        return self._strays.staying_bytes
 
     def restore(self, memory: DeviceMemory, threads: int) -> int:  # noqa: ARG002 - the protocol's
         """Copy the weights into one block on the device; return its bytes. Idempotent."""
-        if self._block is not None:
-            return self._block.nbytes
-        if self.weight_bytes == 0:
+        if self._vram_bytes is not None:
+            return self._vram_bytes
+        self._memory = memory
+        self._is_cpu = memory.placement.kind is DeviceKind.CPU
+        if self._device_bytes == 0:
+            self._strays.bring_back()
+            self._vram_bytes = 0
             return 0
-        block = memory.allocate(self.weight_bytes)
+        block = memory.allocate(self._device_bytes)
         device = _as_tensor(block)
         try:
-            address = self._region.address
-            for start in range(0, self.weight_bytes, COPY_CHUNK_BYTES):
-                end = min(start + COPY_CHUNK_BYTES, self.weight_bytes)
-                # While this chunk is pinned, the copy of the one before is under way.
-                memory.pin(address + start, end - start)
-                device[start:end].copy_(self._host[start:end], non_blocking=True)
+            weights = device[: self.weight_bytes]
+            memory.upload(weights, self._host[: self.weight_bytes], self._region.address)
+            device[self.weight_bytes :].zero_()
+            self._strays.bring_back()
             memory.synchronize()
         except BaseException:
-            # Without its tensor the block is free to go.
-            del device
+            # Without its tensors the block is free to go.
+            del device, weights
             block.free()
             raise
         self._block, self._device = block, device
-        for shared in self._storages:
-            self._point(shared, device)
+        for shared in (*self._moved, *self._dropped):
+            shared.point(device)
+        for view in self._views:
+            view.tensor.data = view.view_of(device, 0)
+        self._views.clear()
+        self._vram_bytes = block.nbytes
         return block.nbytes
 
     def offload(self) -> Offloaded:
-        """Point the tensors at the arena and free the block; changed weights are copied first."""
-        if self._block is None or self._device is None:
+        """Point the tensors at the arena and free the block; changed weights are copied first.
+
+        All or nothing. Raises CapturedGraphError where a CUDA graph was captured, and OSError when
+        host memory for strays is out.
+        """
+        if self._vram_bytes is None:
             return Offloaded(held_bytes=0)
+        self._ensure_no_graph()
         notes: list[str] = []
-        for shared in self._storages:
+        if self._memory is not None and (words := self._memory.explain_copies()):
+            notes.append(words)
+        found = list(find_tensors(self._root))
+        self._views = self._find_views(found)
+        is_view = {id(view.tensor) for view in self._views}
+        if words := self._strays.park(one for one in found if id(one.value) not in is_view):
+            notes.append(words)
+        if self._block is None or self._device is None:
+            self._vram_bytes = None
+            return Offloaded(held_bytes=0, message="; ".join(notes))
+        for shared in self._moved:
             self._keep_changes(shared, self._device, notes)
-            self._point(shared, self._host)
+        self._vram_bytes = None
+        for shared in self._moved:
+            shared.point(self._host)
+        for shared in self._dropped:
+            shared.empty()
+        for view in self._views:
+            view.tensor.data = view.view_of(self._host, 0)
         block, self._block, self._device = self._block, None, None
         if block.free():
             return Offloaded(held_bytes=0, message="; ".join(notes))
         notes.append("something still looks into the weights on the device")
         return Offloaded(held_bytes=block.nbytes, message="; ".join(notes))
 
-    def _keep_changes(self, shared: _Shared, device: torch.Tensor, notes: list[str]) -> None:
+    def _ensure_no_graph(self) -> None:
+        if not GRAPHS.captures:
+            return
+        where = find_graph(self._root) or "a place outside of the model"
+        raise CapturedGraphError(
+            f"{GRAPHS.captures} CUDA graphs were captured ({where} holds one), and they replay "
+            f"with the addresses of the weights; switch graphs off in the model's code, or name "
+            f"offloadTier Host, which ends the process"
+        )
+
+    def _find_views(self, found: list[Found]) -> list[Member]:
+        """Return what looks into the weights and is none of them: it goes where they go."""
+        if self._device is None:
+            return []
+        own = {id(member.tensor) for shared in self._moved for member in shared.members}
+        begin = self._device.data_ptr()
+        return [
+            describe_view(one, one.value.data_ptr() - begin)
+            for one in found
+            if id(one.value) not in own
+            and not explain_unmovable(one.value)
+            and one.value.device == self._device.device
+            and begin <= one.value.data_ptr() < begin + self.weight_bytes
+        ]
+
+    def _is_on_device(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == ("cpu" if self._is_cpu else "cuda")
+
+    def _keep_changes(self, shared: SharedStorage, device: torch.Tensor, notes: list[str]) -> None:
         is_changed = False
         for member in shared.members:
             expected = member.view_of(device, shared.offset_bytes)
@@ -233,133 +197,41 @@ class TorchWeights:
             elif tensor._version != member.version:  # noqa: SLF001 - torch's only sign of a write
                 is_changed = True
         if is_changed:
-            self._slice(self._host, shared).copy_(self._slice(device, shared))
+            shared.slice_of(self._host).copy_(shared.slice_of(device))
 
     def release(self) -> None:
         """Give the arena's pages back."""
-        self._storages.clear()
+        self._root = None
+        self._moved.clear()
+        self._dropped.clear()
+        self._strays.release()
+        if self._memory is not None:
+            self._memory.unpin(self._region.address, self._region.reserved_bytes)
         self._host = torch.empty(0, dtype=torch.uint8)
         self._region.release()
 
 
-def _storage_key(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - data_ptr is 0 for every empty storage
+def _describe_left(left: list[LeftAlone]) -> str:
+    """Say what does not move, and nobody asked to be left; empty for nothing."""
+    odd = [one for one in left if one.reason != WANTED]
+    named = "; ".join(f"{one.path.removeprefix('model.')}: {one.reason}" for one in odd[:_NAMED])
+    more = f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else ""
+    return f"{len(odd)} tensors do not move ({named}{more})" if odd else ""
+
+
+def _lay_out(storages: list[SharedStorage], offset_bytes: int) -> int:
+    """Give each storage its place, from an offset on; return where the last one ends."""
+    for shared in storages:
+        shared.offset_bytes = offset_bytes
+        offset_bytes += align(shared.nbytes, ALIGNMENT_BYTES)
+    return offset_bytes
 
 
 def _as_tensor(block: Block) -> torch.Tensor:
     storage: Any = block.storage
-    return storage if isinstance(storage, torch.Tensor) else _over(storage)
-
-
-def _over(buffer: Any) -> torch.Tensor:
-    # frombuffer keeps the object alive and not its export; only a memoryview between the two keeps
-    # a mapping from being closed under a tensor that still looks into it.
-    return torch.frombuffer(memoryview(buffer), dtype=torch.uint8)
+    return storage if isinstance(storage, torch.Tensor) else as_bytes(storage)
 
 
 def set_threads(threads: int) -> None:
     """Let torch's operators use this many threads."""
     torch.set_num_threads(threads)
-
-
-def is_cuda_initialized() -> bool:
-    """Whether this process has a CUDA context through torch."""
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
-def clear_workspaces() -> None:
-    """Free cuBLAS's workspaces, which no other call gives back."""
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001 - pytorch#184084
-    if clear is not None and is_cuda_initialized():
-        clear()
-
-
-class CudaBlock:
-    """A flat uint8 tensor on a CUDA device."""
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        self.nbytes = nbytes
-        self._tensor: torch.Tensor | None = torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-    @property
-    def storage(self) -> object:
-        """The tensor."""
-        return self._tensor
-
-    def free(self) -> bool:
-        """Drop the tensor; False when its memory is still in use (a view of a weight leaked)."""
-        if self._tensor is None:
-            return True
-        device = self._tensor.device
-        before_bytes = torch.cuda.memory_allocated(device)
-        self._tensor = None
-        return before_bytes - torch.cuda.memory_allocated(device) >= self.nbytes
-
-
-class CudaMemory:
-    """Memory of one CUDA device or MIG slice, through torch's allocator.
-
-    Making it makes the context, so only the GPU process does. ``measure_used_bytes`` reads what is
-    in use on the whole device, from the driver, without a context.
-    """
-
-    def __init__(self, placement: Placement, measure_used_bytes: Callable[[], int | None]) -> None:
-        self.placement = placement
-        self._measure_used_bytes = measure_used_bytes
-        self._before_bytes = measure_used_bytes() or 0
-        # The one visible device is cuda:0: the caller has set CUDA_VISIBLE_DEVICES to its UUID.
-        self._device = torch.device("cuda", 0)
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-        torch.empty(1, device=self._device)
-        torch.cuda.synchronize(self._device)
-        self._context_bytes = self.used_bytes() - torch.cuda.memory_reserved(self._device)
-        self._pinned: set[int] = set()
-        self._can_pin = True
-
-    def allocate(self, nbytes: int) -> CudaBlock:
-        """Take a block from torch's allocator. Raises OutOfDeviceMemoryError."""
-        try:
-            return CudaBlock(nbytes, self._device)
-        except torch.OutOfMemoryError as error:
-            free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
-            raise OutOfDeviceMemoryError(nbytes, free_bytes, total_bytes) from error
-
-    def pin(self, address: int, nbytes: int) -> None:
-        """Register host memory with the driver, once; without it copies are pageable."""
-        if not self._can_pin or address in self._pinned:
-            return
-        # Where the driver refuses (a locked-memory limit), every later chunk would be refused too.
-        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        self._can_pin = int(cudart.cudaHostRegister(address, nbytes, 0)) == 0
-        if self._can_pin:
-            self._pinned.add(address)
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        torch.cuda.synchronize(self._device)
-
-    def empty_cache(self) -> None:
-        """Free cuBLAS's workspaces and every block of the allocator without a tensor."""
-        clear_workspaces()
-        torch.cuda.empty_cache()
-
-    def used_bytes(self) -> int:
-        """Return what came into use on the device since before the context."""
-        used_bytes = self._measure_used_bytes()
-        own_bytes = torch.cuda.memory_reserved(self._device)
-        return max(own_bytes, (used_bytes or 0) - self._before_bytes)
-
-    def figures(self, resident_bytes: int) -> MemoryFigures:
-        """Return torch's own figures."""
-        allocated_bytes = torch.cuda.memory_allocated(self._device)
-        return MemoryFigures(
-            live_tensor_bytes=max(0, allocated_bytes - resident_bytes),
-            allocator_cache_bytes=torch.cuda.memory_reserved(self._device) - allocated_bytes,
-            context_bytes=max(0, self._context_bytes),
-        )
-
-    def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether torch's allocator, or ONNX Runtime's, failed."""
-        return isinstance(error, torch.OutOfMemoryError) or (
-            "Failed to allocate memory" in str(error) or "out of memory" in str(error).lower()
-        )

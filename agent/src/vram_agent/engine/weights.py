@@ -28,6 +28,16 @@ class Weights(Protocol):
         """Size in host memory."""
         ...
 
+    @property
+    def notes(self) -> str:
+        """What was unusual about the load, such as tensors that cannot move; empty for nothing."""
+        ...
+
+    @property
+    def stray_bytes(self) -> int:
+        """Device memory that tasks left on the model, as of the last offload."""
+        ...
+
     def restore(self, memory: DeviceMemory, threads: int) -> int:
         """Bring the weights onto the device; return the bytes they hold there.
 
@@ -48,6 +58,8 @@ class NoWeights:
     """A model without weights that this agent could move."""
 
     weight_bytes = 0
+    notes = ""
+    stray_bytes = 0
 
     def restore(self, memory: DeviceMemory, threads: int) -> int:  # noqa: ARG002 - the protocol's
         """Do nothing: there is nothing to move."""

@@ -51,6 +51,7 @@ from vram_agent.processes.messages import (
     pack_tensors,
     unpack_tensors,
 )
+from vram_agent.protocol import DeviceKind
 from vram_agent.runtimes.base import HostedModel
 
 
@@ -136,7 +137,12 @@ class GpuProcess:
     def _figures(self) -> MemoryFigures:
         if self._memory is None:
             return MemoryFigures()
-        return self._memory.figures(sum(self._resident.values()))
+        figures = self._memory.figures(sum(self._resident.values()))
+        if self._placement.kind is not DeviceKind.CPU:
+            return figures
+        # malloc keeps no account of tensors; the models' own is as of their last offload.
+        stray_bytes = sum(model.weights.stray_bytes for model in self._models.values())
+        return msgspec.structs.replace(figures, live_tensor_bytes=stray_bytes)
 
     def _scrub(self) -> tuple[int, int]:
         forget = [model.forget for model in self._models.values()]
@@ -155,7 +161,10 @@ class GpuProcess:
             raise failure from None
         self._resident[name] = vram_bytes
         return MovedTo(
-            vram_bytes=vram_bytes, seconds=time.monotonic() - began, figures=self._figures()
+            vram_bytes=vram_bytes,
+            seconds=time.monotonic() - began,
+            figures=self._figures(),
+            message=memory.explain_copies(),
         )
 
     def _explain_restore(self, name: str, error: Exception) -> AgentError:

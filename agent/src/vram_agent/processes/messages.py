@@ -93,6 +93,7 @@ class Loaded(Struct, frozen=True, kw_only=True, tag="loaded"):
     tasks: list[TaskKind]
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
+    message: str = ""
 
     def as_model(self, name: str) -> LoadedModel:
         """Return what the supervisor knows of the model."""
@@ -102,6 +103,7 @@ class Loaded(Struct, frozen=True, kw_only=True, tag="loaded"):
             tasks=frozenset(self.tasks),
             inputs=tuple(self.inputs),
             outputs=tuple(self.outputs),
+            message=self.message,
         )
 
 

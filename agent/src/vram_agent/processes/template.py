@@ -57,7 +57,7 @@ def explain_unsafe_fork() -> str:
     if opened:
         return f"a library initialised CUDA while loading ({opened[0]} is open)"
     if "torch" in sys.modules:
-        from vram_agent.engine.torch import is_cuda_initialized  # noqa: PLC0415 - if torch is there
+        from vram_agent.engine.cuda import is_cuda_initialized  # noqa: PLC0415 - if torch is there
 
         if is_cuda_initialized():
             return "a library initialised CUDA while loading (torch has a context)"
@@ -151,6 +151,7 @@ class Template:
         return Loaded(
             weight_bytes=model.weights.weight_bytes,
             arena_bytes=self._arena.used_bytes,
+            message=model.weights.notes,
             tasks=sorted(model.tasks),
             inputs=list(model.inputs),
             outputs=list(model.outputs),

@@ -119,6 +119,16 @@ class LateWeights:
         """Bytes in host memory; 0 until the model was made."""
         return self._weights.weight_bytes if self._weights else 0
 
+    @property
+    def notes(self) -> str:
+        """What was unusual about the load; nothing until the model was made."""
+        return self._weights.notes if self._weights else ""
+
+    @property
+    def stray_bytes(self) -> int:
+        """Device memory that tasks left on the model, as of the last offload."""
+        return self._weights.stray_bytes if self._weights else 0
+
     def restore(self, memory: DeviceMemory, threads: int) -> int:
         """Make the model if there is none, then restore it. Raises ModelFailedError."""
         if self._weights is None:

@@ -8,7 +8,8 @@ import os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vram_agent.engine.arena import PAGE_BYTES, Arena, Region, align
+from vram_agent.engine.arena import Arena, Region
+from vram_agent.pages import HUGE_PAGE_BYTES, align
 
 MIB = 1 << 20
 
@@ -65,9 +66,9 @@ def test_a_fork_sees_what_is_written_later() -> None:
 
 def test_regions_begin_where_huge_pages_may() -> None:
     arena = Arena("t")
-    regions = [arena.allocate(size) for size in (1, PAGE_BYTES, PAGE_BYTES + 1, 0)]
-    assert [region.offset // PAGE_BYTES for region in regions] == [0, 1, 2, 4]
-    assert all(region.offset % PAGE_BYTES == 0 for region in regions)
+    regions = [arena.allocate(size) for size in (1, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES + 1, 0)]
+    assert [region.offset // HUGE_PAGE_BYTES for region in regions] == [0, 1, 2, 4]
+    assert all(region.offset % HUGE_PAGE_BYTES == 0 for region in regions)
     assert all(region.address % 4096 == 0 for region in regions)
     arena.close()
 
@@ -76,7 +77,7 @@ def test_regions_begin_where_huge_pages_may() -> None:
 @given(
     st.lists(
         st.one_of(
-            st.tuples(st.just("allocate"), st.integers(1, 3 * PAGE_BYTES)),
+            st.tuples(st.just("allocate"), st.integers(1, 3 * HUGE_PAGE_BYTES)),
             st.tuples(st.just("release"), st.integers(0, 100)),
         ),
         max_size=20,

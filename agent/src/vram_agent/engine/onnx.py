@@ -13,15 +13,17 @@ weights outside of the arena, so that it can shrink to nothing after a run.
 from __future__ import annotations
 
 import gc
+import mmap
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vram_agent.devices.base import DeviceMemory
 from vram_agent.engine.arena import Arena, Region
+from vram_agent.engine.onnx_file import BrokenOnnxError
 from vram_agent.engine.weights import Offloaded
 from vram_agent.errors import ModelFailedError
 from vram_agent.protocol import DeviceKind
@@ -39,10 +41,15 @@ _LOG_ERRORS = 3
 
 @dataclass(frozen=True, slots=True)
 class SessionChoices:
-    """What a user may choose of a session. ``gpu_mem_limit_bytes`` 0: no limit of the arena."""
+    """What a user may choose of a session.
+
+    ``gpu_mem_limit_bytes`` 0: no limit of the arena. ``is_on_host``: it runs on the CPU and takes
+    no VRAM, whatever the device.
+    """
 
     optimization: str = "ORT_ENABLE_ALL"
     gpu_mem_limit_bytes: int = 0
+    is_on_host: bool = False
 
 
 class OnnxWeights:
@@ -53,13 +60,16 @@ class OnnxWeights:
 
     def __init__(
         self,
-        model: Path,
+        model: Path | bytes,
         external_files: Mapping[str, Path],
         arena: Arena,
         choices: SessionChoices,
     ) -> None:
-        """Read the files into the arena. Raises OSError."""
-        self._model = _read_file(model, arena)
+        """Read the files, or take the bytes, into the arena. Raises OSError."""
+        if isinstance(model, bytes):
+            self._model = _take_bytes(model, arena)
+        else:
+            self._model = _read_file(model, arena)
         self._external = {name: _read_file(path, arena) for name, path in external_files.items()}
         self._choices = choices
         self._session: Any = None
@@ -86,7 +96,7 @@ class OnnxWeights:
         import onnxruntime  # noqa: PLC0415 - not in the template: it may start threads
 
         before_bytes = memory.used_bytes()
-        is_cuda = memory.placement.kind is not DeviceKind.CPU
+        is_cuda = memory.placement.kind is not DeviceKind.CPU and not self._choices.is_on_host
         if is_cuda and _CUDA_PROVIDER not in onnxruntime.get_available_providers():
             raise ModelFailedError(
                 "this onnxruntime is built for the CPU only; install onnxruntime-gpu in the image, "
@@ -142,13 +152,22 @@ class OnnxWeights:
             return _CUDA_OPTIONS
         return {**_CUDA_OPTIONS, "gpu_mem_limit": str(self._choices.gpu_mem_limit_bytes)}
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """Run the session; return its outputs by name. Raises RuntimeError without a session."""
+    @property
+    def session(self) -> Any:
+        """The session. Raises RuntimeError while there is none."""
         if self._session is None:
             raise RuntimeError("the model is not on the device")
-        names = [output.name for output in self._session.get_outputs()]
-        values = self._session.run(names, dict(feeds), self._run_options)
-        return dict(zip(names, values, strict=True))
+        return self._session
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Run the session; return its outputs by name. Raises RuntimeError without a session."""
+        names = [output.name for output in self.session.get_outputs()]
+        return dict(zip(names, self.run_for(names, feeds), strict=True))
+
+    def run_for(self, names: Sequence[str] | None, feeds: Mapping[str, Any]) -> list[Any]:
+        """Run the session; return the outputs of these names, all for None, in their order."""
+        values: list[Any] = self.session.run(names, dict(feeds), self._run_options)
+        return values
 
     def offload(self) -> Offloaded:
         """Drop the session, and prove that it is gone; else say what holds it."""
@@ -180,6 +199,20 @@ def _name_holders(gone: weakref.ref[Any]) -> list[str]:
         for holder in gc.get_referrers(session)
         if not isinstance(holder, types.FrameType)
     ) or ["something outside of Python"]
+
+
+def map_model(path: Path) -> memoryview:
+    """Return a file's bytes without reading them yet. Raises OSError and BrokenOnnxError."""
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            raise BrokenOnnxError("it is empty")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _take_bytes(model: bytes, arena: Arena) -> Region:
+    region = arena.allocate(len(model))
+    region.buffer[: len(model)] = model
+    return region
 
 
 def _read_file(path: Path, arena: Arena) -> Region:

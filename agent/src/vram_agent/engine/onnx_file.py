@@ -7,12 +7,12 @@ protobuf that say so (github.com/onnx/onnx, onnx/onnx.proto). Called by runtimes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from vram_agent.backend import TensorSpec
 
-_MODEL_GRAPH = 7
+_MODEL_GRAPH, _MODEL_METADATA = 7, 14
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 5, 11, 12
 _VALUE_NAME, _VALUE_TYPE = 1, 2
 _TYPE_TENSOR = 1
@@ -45,12 +45,16 @@ class BrokenOnnxError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What an ONNX file says of itself. ``any_rank``: names whose shape it leaves open."""
+    """What an ONNX file says of itself.
+
+    ``any_rank``: names whose shape it leaves open. ``metadata``: what its maker wrote into it.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     any_rank: frozenset[str]
     external_files: tuple[str, ...]
+    metadata: Mapping[str, str]
 
 
 @dataclass(slots=True)
@@ -63,7 +67,14 @@ class _Graph:
 
 def read_signature(model: memoryview) -> Signature:
     """Return the signature of an ONNX model. Raises BrokenOnnxError."""
-    graphs = [value for number, value in _fields(model) if number == _MODEL_GRAPH]
+    graphs: list[int | memoryview] = []
+    metadata: dict[str, str] = {}
+    for number, value in _fields(model):
+        if number == _MODEL_GRAPH:
+            graphs.append(value)
+        elif number == _MODEL_METADATA and isinstance(value, memoryview):
+            entry = {key: _text(part) for key, part in _fields(value) if _is_bytes(part)}
+            metadata[entry.get(_ENTRY_KEY, "")] = entry.get(_ENTRY_VALUE, "")
     if len(graphs) != 1 or not isinstance(graphs[0], memoryview):
         raise BrokenOnnxError("it holds no graph")
     graph = _Graph()
@@ -76,6 +87,7 @@ def read_signature(model: memoryview) -> Signature:
         outputs=tuple(_read_value(value, open_ranks) for value in graph.outputs),
         any_rank=frozenset(open_ranks),
         external_files=tuple(graph.external_files),
+        metadata=metadata,
     )
 
 

@@ -12,13 +12,12 @@ the Open Inference Protocol send parameters for other servers.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
 from vram_agent.backend import Task, TaskKind, TaskResult, Tensor, TensorSpec
 from vram_agent.engine.arena import Arena
-from vram_agent.engine.onnx import OnnxWeights, SessionChoices
+from vram_agent.engine.onnx import OnnxWeights, SessionChoices, map_model
 from vram_agent.engine.onnx_file import BrokenOnnxError, Signature, read_signature
 from vram_agent.errors import BadInputError, ModelFailedError
 from vram_agent.protocol import InvalidQuantityError, ModelSpec, parse_quantity
@@ -64,7 +63,7 @@ class OnnxRuntime:
             gpu_mem_limit_bytes=parse_quantity(spec.options.get("gpuMemLimit", "0")),
         )
         try:
-            signature = read_signature(_map_file(path))
+            signature = read_signature(map_model(path))
             external = {name: _find_external(path, name, spec) for name in signature.external_files}
             weights = OnnxWeights(path, external, arena, choices)
         except BrokenOnnxError as error:
@@ -77,13 +76,6 @@ class OnnxRuntime:
                 f"model {spec.name}: {spec.source} cannot be read: {error}"
             ) from error
         return OnnxModel(spec, signature, weights)
-
-
-def _map_file(path: Path) -> memoryview:
-    with path.open("rb") as file:
-        if path.stat().st_size == 0:
-            raise BrokenOnnxError("it is empty")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _find_external(model: Path, name: str, spec: ModelSpec) -> Path:

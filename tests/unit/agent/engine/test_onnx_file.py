@@ -42,7 +42,14 @@ def test_a_real_model() -> None:
         ),
         any_rank=frozenset(),
         external_files=(),
+        metadata={},
     )
+
+
+def test_what_its_maker_wrote_into_the_file() -> None:
+    model = model_of([value("x", TensorProto.FLOAT, [1])])
+    helper.set_model_props(model, {"character": "a\nb", "empty": ""})
+    assert read(model).metadata == {"character": "a\nb", "empty": ""}
 
 
 @pytest.mark.parametrize(
@@ -109,4 +116,4 @@ def test_nothing_but_the_one_error_comes_of_junk(junk: bytes) -> None:
     except BrokenOnnxError:
         return
     # A graph of nothing at all is a message too.
-    assert signature == Signature((), (), frozenset(), ())
+    assert signature == Signature((), (), frozenset(), (), signature.metadata)

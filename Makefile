@@ -58,8 +58,9 @@ cluster-up: setup ## a local Kubernetes; writes .cluster/kubeconfig (LEVEL=contr
 cluster-down: setup ## take the local Kubernetes away
 	@$(BIN)/python -m tests.cluster down --dir .cluster
 
-generate: setup ## write the CRDs and what is made from the types
+generate: setup ## write the CRDs, the reference of the runtimes, what is made from the code
 	$(BIN)/python -m vram_operator.crds
+	$(BIN)/python -m vram_agent.runtimes.reference
 
 bench: setup ## measure; writes bench/results/
 	$(BIN)/python -m bench

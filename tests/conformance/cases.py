@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +46,22 @@ class Case:
     task: Task
     check: Callable[[TaskResult], None]
     bad_tensors: Sequence[Tensor] = field(default=())
+
+
+@functools.cache
+def scratch() -> Path:
+    """A folder for the files of models that are made here; it goes with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="vram-cases-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def saved(name: str, save: Callable[[Path], None]) -> str:
+    """The path of a file or folder that is made once."""
+    path = scratch() / name
+    if not path.exists():
+        save(path)
+    return str(path)
 
 
 def python_spec(factory: str, name: str = "m", **arguments: Any) -> ModelSpec:
@@ -112,4 +132,112 @@ def python_case() -> Case:
     )
 
 
-CASES = {"Whisper": whisper_case, "ONNX": onnx_case, "Python": python_case}
+def torch_case(name: str, source: str, **options: Any) -> Case:
+    """A module of tests/models/tiny_torch.py: by hand, whatever it was saved as."""
+    from tests.models import tiny_torch  # noqa: PLC0415 - takes seconds
+
+    x = np.array(tiny_torch.X, np.float32)
+
+    def check(result: TaskResult) -> None:
+        first, second = result.tensors
+        assert array_of(result, first.name).tolist() == tiny_torch.Y
+        assert array_of(result, second.name).tolist() == tiny_torch.SUMS
+
+    spec = ModelSpec(name="m", runtime=Runtime.TORCH, source=source, options=options)
+    bad = tensor("x", x.astype(np.int64))
+    return Case(name, spec, infer(x), check, bad_tensors=[bad])
+
+
+def script_case() -> Case:
+    from tests.models import tiny_torch  # noqa: PLC0415 - takes seconds
+
+    declared = [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}]
+    path = saved("script.pt", tiny_torch.save_scripted)
+    return torch_case("TorchScript", path, inputs=declared)
+
+
+def export_case() -> Case:
+    from tests.models import tiny_torch  # noqa: PLC0415 - takes seconds
+
+    return torch_case("TorchExport", saved("program.pt2", tiny_torch.save_exported))
+
+
+def factory_case() -> Case:
+    from tests.models import tiny_torch  # noqa: PLC0415 - takes seconds
+
+    return torch_case(
+        "TorchFactory",
+        "tests.models.tiny_torch:Affine",
+        path=str(Path(__file__).parents[2]),
+        weights=saved("affine.safetensors", tiny_torch.save_weights),
+        inputs=[{"name": "x", "datatype": "FP32", "shape": [-1, 3]}],
+    )
+
+
+def transformers_case(name: str, task: Task, bad: Tensor, **options: Any) -> Case:
+    """A pipeline of tests/models/tiny_transformers.py, and what the stock one answers."""
+    from tests.models import tiny_transformers  # noqa: PLC0415 - takes seconds
+
+    folder = saved(name, getattr(tiny_transformers, f"save_{name}"))
+    words, numbers = tiny_transformers.answer(folder, task)
+
+    def check(result: TaskResult) -> None:
+        found = tiny_transformers.plain(result)
+        assert found[0] == words
+        np.testing.assert_allclose(found[1], numbers, rtol=1e-3, atol=1e-5)
+
+    spec = ModelSpec(name="m", runtime=Runtime.TRANSFORMERS, source=folder, options=options)
+    return Case(f"Transformers {name}", spec, task, check, bad_tensors=[bad])
+
+
+def recogniser_case() -> Case:
+    """The committed Whisper again, as transformers has it: its words are known."""
+    from tests.models import tiny_transformers  # noqa: PLC0415 - takes seconds
+
+    clip = next(clip for clip in models.clips() if clip.text)
+    samples = models.read_samples(clip.path)
+
+    def check(result: TaskResult) -> None:
+        assert result.values["text"] == clip.text
+        assert result.values["language"] == "en"
+        assert result.values["duration"] == len(samples) / 16_000
+        (segment,) = result.values["segments"]
+        assert 0 <= segment["start"] < segment["end"] <= 2
+
+    return Case(
+        "Transformers Whisper",
+        ModelSpec(
+            name="m",
+            runtime=Runtime.TRANSFORMERS,
+            source=saved("whisper", tiny_transformers.save_whisper),
+        ),
+        transcribe(samples),
+        check,
+        bad_tensors=[tensor("audio", np.zeros((2, 3), np.float32))],
+    )
+
+
+def texts(*items: str) -> Tensor:
+    data = b"".join(len(item.encode()).to_bytes(4, "little") + item.encode() for item in items)
+    return Tensor(name="text", datatype="BYTES", shape=(len(items),), data=data)
+
+
+def text_case(name: str, *items: str, **parameters: Any) -> Case:
+    task = Task(kind=TaskKind.INFER, parameters=parameters, tensors=[texts(*items)])
+    return transformers_case(name, task, tensor("text", np.zeros(2, np.float32)))
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "Whisper": whisper_case,
+    "ONNX": onnx_case,
+    "Python": python_case,
+    "TorchScript": script_case,
+}
+"""One of each runtime whose library is quick to import."""
+FORMS: dict[str, Callable[[], Case]] = {
+    "TorchExport": export_case,
+    "TorchFactory": factory_case,
+    "TransformersWhisper": recogniser_case,
+    "TransformersGenerator": lambda: text_case("generator", "play music", max_tokens=6),
+}
+"""Other forms of source and tasks: through the tiers only, since each costs seconds."""

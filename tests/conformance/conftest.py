@@ -16,7 +16,7 @@ from vram_agent.devices.cuda import CudaDevice, NoCudaDeviceError
 from vram_agent.processes.group import ProcessBackend, ProcessGroup
 from vram_agent.protocol import DevicePreference
 
-from tests.conformance.cases import CASES, Case
+from tests.conformance.cases import CASES, FORMS, Case
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -76,6 +76,11 @@ def device(request: pytest.FixtureRequest) -> DevicePreference:
 @pytest.fixture(params=list(CASES))
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]()
+
+
+@pytest.fixture(params=[*CASES, *FORMS])
+def case_of_any_form(request: pytest.FixtureRequest) -> Case:
+    return (CASES | FORMS)[request.param]()
 
 
 @pytest.fixture

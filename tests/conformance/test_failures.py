@@ -43,7 +43,11 @@ X = np.array([1.0, 2.0], dtype=np.float32)
         pytest.param(Runtime.PYTHON, "no_colon", "module:factory", id="python no factory"),
         pytest.param(Runtime.PYTHON, "json:loads", "TypeError", id="python factory raises"),
         pytest.param(Runtime.PYTHON, "sys:exit", "SystemExit", id="python factory exits"),
-        pytest.param(Runtime.FUNASR, "x", "ONNX, Python, Whisper", id="not in this build"),
+        pytest.param(Runtime.TORCH, "{tmp}/none.pt", "there is no file", id="torch missing"),
+        pytest.param(Runtime.TORCH, "{tmp}/cut.pt", "neither TorchScript", id="torch cut off"),
+        pytest.param(Runtime.TORCH, "{tmp}/other.pt", "options.weights", id="torch state dict"),
+        pytest.param(Runtime.TRANSFORMERS, "{tmp}/none", "no folder", id="transformers missing"),
+        pytest.param(Runtime.FUNASR, "x", "is not in this build", id="not in this build"),
     ],
 )
 async def test_a_model_that_does_not_load_says_why_and_leaves_nothing(

@@ -63,7 +63,26 @@ def large_python(folder: Path) -> Case:
     )
 
 
-@pytest.mark.parametrize("make", [large_whisper, large_onnx, large_python])
+def large_frozen(folder: Path) -> Case:
+    """TorchScript with all of its weights in constants of the graph."""
+    from tests.models import tiny_torch  # noqa: PLC0415 - takes seconds
+
+    tiny_torch.save_frozen(folder / "large.pt", rows=256, columns=SIZE_MIB * 1024)
+    x = np.zeros((1, 256), np.float32)
+    x[0, 1] = 1
+    # Twice the weight, which counts modulo 7, and the shift.
+    columns = range(8)
+    row = [2 * ((SIZE_MIB * 1024 + one) % 7) + 100 * (one + 1) for one in columns]
+    spec = ModelSpec(name="m", runtime=Runtime.TORCH, source=str(folder / "large.pt"))
+    return Case(
+        "Torch",
+        spec,
+        infer(x),
+        lambda result: np.testing.assert_array_equal(array_of(result, "y")[0, :8], row),
+    )
+
+
+@pytest.mark.parametrize("make", [large_whisper, large_onnx, large_python, large_frozen])
 async def test_a_request_and_an_offload_leave_the_process_at_its_baseline(
     group: ProcessGroup, tmp_path: Path, make: Callable[[Path], Case]
 ) -> None:
@@ -133,3 +152,64 @@ async def test_a_leak_is_seen_and_goes_with_the_process(group: ProcessGroup) -> 
     await group.run("m", infer(x))
     await group.offload("m")
     assert group.memory().device_bytes == pytest.approx(before_bytes, abs=SLACK_BYTES)
+
+
+def save_large_exported(folder: Path) -> tuple[str, dict[str, object]]:
+    from tests.models import tiny_torch  # noqa: PLC0415 - takes seconds
+
+    tiny_torch.save_exported_affine(folder / "m.pt2", rows=256, columns=SIZE_MIB * 1024)
+    return str(folder / "m.pt2"), {}
+
+
+def save_large_weights(folder: Path) -> tuple[str, dict[str, object]]:
+    from tests.models import tiny_torch  # noqa: PLC0415 - takes seconds
+
+    rows, columns = 256, SIZE_MIB * 1024
+    tiny_torch.save_weights(folder / "w.safetensors", rows=rows, columns=columns)
+    return "tests.models.tiny_torch:Affine", {
+        "path": str(Path(__file__).parents[2]),
+        "arguments": {"rows": rows, "columns": columns},
+        "weights": str(folder / "w.safetensors"),
+    }
+
+
+def save_large_generator(folder: Path) -> tuple[str, dict[str, object]]:
+    from tests.models import tiny_transformers  # noqa: PLC0415 - takes seconds
+
+    # Two layers of 12 x width x width.
+    tiny_transformers.save_generator(folder, width=1_600)
+    return str(folder), {}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "save"),
+    [
+        (Runtime.TORCH, save_large_exported),
+        (Runtime.TORCH, save_large_weights),
+        (Runtime.TRANSFORMERS, save_large_generator),
+    ],
+)
+async def test_the_template_holds_the_weights_in_the_arena_alone(
+    group: ProcessGroup,
+    tmp_path: Path,
+    runtime: Runtime,
+    save: Callable[[Path], tuple[str, dict[str, object]]],
+) -> None:
+    source, options = save(tmp_path)
+    spec = ModelSpec(name="m", runtime=runtime, source=source, options=options)
+    await group.load(spec)
+    # Once for what the libraries set up, and once to be measured.
+    await group.load(python_spec("make_linear", name="other", rows=2, columns=2))
+    await group.unload("m")
+
+    def held_bytes() -> int:
+        lines = Path(f"/proc/{group.template_pid}/status").read_text().splitlines()
+        (words,) = (line.split() for line in lines if line.startswith("RssAnon:"))
+        return int(words[1]) * 1024
+
+    before_bytes = held_bytes()
+    weight_bytes = (await group.load(spec)).weight_bytes
+    assert weight_bytes > 0.8 * SIZE_MIB * MIB
+    added_bytes = held_bytes() - before_bytes
+    print(f"\n{save.__name__}: {added_bytes / MIB:.1f} MiB beside {weight_bytes / MIB:.1f} MiB")
+    assert added_bytes < 0.1 * weight_bytes

@@ -6,8 +6,18 @@ import pytest
 from vram_agent.backend import Task, TaskKind
 from vram_agent.errors import BadInputError, ModelFailedError
 from vram_agent.processes.group import ProcessGroup
+from vram_agent.protocol import Runtime
 
 from tests.conformance.cases import Case, bits_of, python_spec
+
+NEAREST = {
+    Runtime.WHISPER: "fp16",
+    Runtime.ONNX: "gpuMemLimit",
+    Runtime.PYTHON: "arguments",
+    Runtime.TORCH: "allowPickle",
+    Runtime.TRANSFORMERS: "trustRemoteCode",
+}
+"""An option of each runtime, to be misspelt."""
 
 
 def processes_of(group: ProcessGroup) -> tuple[int | None, int | None]:
@@ -15,8 +25,9 @@ def processes_of(group: ProcessGroup) -> tuple[int | None, int | None]:
 
 
 async def test_answers_are_the_same_bits_through_every_tier(
-    group: ProcessGroup, case: Case
+    group: ProcessGroup, case_of_any_form: Case
 ) -> None:
+    case = case_of_any_form
     model = await group.load(case.spec)
     assert model.name == "m"
     assert case.task.kind in model.tasks
@@ -90,7 +101,7 @@ async def test_a_bad_input_says_what_is_expected_and_the_next_task_runs(
 
 
 async def test_an_unknown_option_names_the_nearest(group: ProcessGroup, case: Case) -> None:
-    nearest = {"Whisper": "fp16", "ONNX": "gpuMemLimit", "Python": "arguments"}[case.name]
+    nearest = NEAREST[case.spec.runtime]
     options = {**case.spec.options, nearest[:-1]: 1}
     spec = type(case.spec)(
         name="m", runtime=case.spec.runtime, source=case.spec.source, options=options

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import yaml
 from vram_agent import protocol
 from vram_agent.config import ConfigError, parse_config
 from vram_agent.protocol import AgentConfig
+from vram_agent.runtimes.registry import list_runtimes
 from vram_operator import api
 from vram_operator.api_wire import _pruned, _type_info
 from vram_operator.core import resources, triggers
@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
 CONFIGURATION = (DOCS / "configuration.md").read_text(encoding="utf-8")
 RUNTIMES = (DOCS / "runtimes.md").read_text(encoding="utf-8")
+REFERENCE = (DOCS / "reference" / "runtimes.md").read_text(encoding="utf-8")
 TROUBLESHOOTING = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
 GLOSSARY = (DOCS / "glossary.md").read_text(encoding="utf-8")
 PAGES = sorted(
@@ -47,7 +48,6 @@ ALERTS = {
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
 _YAML = re.compile(r"^( *)```yaml\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
-_OPTION = re.compile(r"^- ``(\w+)``:", re.MULTILINE)
 
 
 def relative(path: Path) -> str:
@@ -217,30 +217,16 @@ def test_a_variable_that_the_agent_reads_is_documented(variable: str) -> None:
 # --- runtimes -------------------------------------------------------------------------------------
 
 
-def implemented() -> dict[str, str]:
-    """Runtime → its module's file, read and not imported: the libraries take seconds."""
-    folder = ROOT / "agent/src/vram_agent/runtimes"
-    source = (folder / "registry.py").read_text(encoding="utf-8")
-    modules = re.findall(r'Runtime\.(\w+): \("vram_agent\.runtimes\.(\w+)"', source)
-    return {protocol.Runtime[word].value: f"{folder}/{module}.py" for word, module in modules}
-
-
 def test_the_runtimes_that_exist_are_documented_and_the_others_named_as_missing() -> None:
-    rows = table_after(RUNTIMES, "Three exist:")
-    assert {re.findall(r"`(\w+)`", row[0])[0] for row in rows} == set(implemented())
+    rows = table_after(RUNTIMES, "Five exist:")
+    implemented = [runtime.value for runtime in list_runtimes()]
+    assert [re.findall(r"`(\w+)`", row[0])[0] for row in rows] == implemented
     missing = RUNTIMES[RUNTIMES.index("## What is not there yet") :]
     for runtime in protocol.Runtime:
-        assert (f"`{runtime}`" in missing) is (runtime not in implemented() or runtime == "Python")
-
-
-@pytest.mark.parametrize("runtime", implemented())
-def test_documented_options_are_those_of_the_runtime(runtime: str) -> None:
-    path = Path(implemented()[runtime])
-    described = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    options = described[described.index("Options:") : described.index("\nTasks")]
-    section = RUNTIMES[RUNTIMES.index(f"\n## {runtime}\n") :]
-    rows = table_after(section, section[: section.index("| option ")])
-    assert {row[0].strip("`") for row in rows} == set(_OPTION.findall(options))
+        assert (
+            f"](reference/runtimes.md#{runtime.lower()})" in RUNTIMES or f"`{runtime}`" in missing
+        )
+    assert set(re.findall(r"^## (\w+)$", REFERENCE, re.MULTILINE)) == set(implemented)
 
 
 # --- words ----------------------------------------------------------------------------------------

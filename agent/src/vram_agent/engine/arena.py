@@ -43,9 +43,10 @@ class Region:
         """Address of the mapping in this process and, before its exec, in any fork of it."""
         return address_of(self.buffer)
 
-    def populate(self) -> None:
-        """Fault all pages in before they are written. Raises OSError when memory is out."""
-        populate(self.address, align(self.nbytes, mmap.PAGESIZE))
+    def populate(self, offset: int, nbytes: int) -> None:
+        """Fault a part's pages in before it is written. Raises OSError when memory is out."""
+        begin = offset - offset % mmap.PAGESIZE
+        populate(self.address + begin, align(offset + nbytes, mmap.PAGESIZE) - begin)
 
     def release(self) -> None:
         """Give the pages back to the system, in every process that maps them. Idempotent."""

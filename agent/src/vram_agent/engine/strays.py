@@ -94,7 +94,7 @@ class Strays:
         # An arena of this process alone: strays end with it.
         self._arena = self._arena or Arena(f"strays-{os.getpid()}")
         region = self._arena.allocate(shared.nbytes)
-        region.populate()
+        region.populate(0, shared.nbytes)
         return region
 
     def _park(self, shared: SharedStorage, region: Region | None) -> None:

@@ -68,7 +68,6 @@ class TorchWeights:
         self._strays = Strays(rules, self._is_on_device)
         self._strays.note_loaded(found)
         self._region = arena.allocate(self.weight_bytes)
-        self._region.populate()
         self._host = as_bytes(self._region.buffer)
         self._views: list[Member] = []
         self._memory: DeviceMemory | None = None
@@ -77,6 +76,7 @@ class TorchWeights:
         self._vram_bytes: int | None = None
         for shared in self._moved:
             # The old storage is freed here, before the next is copied: one is held twice.
+            self._region.populate(shared.offset_bytes, shared.nbytes)
             shared.slice_of(self._host).copy_(shared.take_source())
             shared.point(self._host)
         for shared in self._dropped:

@@ -102,22 +102,3 @@ class CombinedWeights:
         """Give the host memory of every part back."""
         for part in self._parts:
             part.release()
-
-
-class NoWeights:
-    """A model without weights that this agent could move."""
-
-    weight_bytes = 0
-    notes = ""
-    stray_bytes = 0
-
-    def restore(self, memory: DeviceMemory, threads: int) -> int:  # noqa: ARG002 - the protocol's
-        """Do nothing: there is nothing to move."""
-        return 0
-
-    def offload(self) -> Offloaded:
-        """Do nothing: there is nothing to move."""
-        return Offloaded(held_bytes=0)
-
-    def release(self) -> None:
-        """Do nothing: there is nothing to give back."""

@@ -15,6 +15,8 @@ import numpy as np
 from vram_agent.backend import Tensor
 from vram_agent.errors import BadInputError
 
+SAMPLE_RATE_HERTZ = 16_000
+"""Of the tensor ``audio``."""
 _DTYPES: dict[str, str] = {
     "BOOL": "?",
     "UINT8": "u1",

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from vram_agent.backend import Task, TaskKind, TaskResult, TensorSpec
 from vram_agent.engine.arena import Arena
+from vram_agent.engine.rules import is_rules
 from vram_agent.engine.weights import Weights
 from vram_agent.errors import BadInputError, ModelFailedError
 from vram_agent.protocol import ModelSpec
@@ -53,6 +54,11 @@ class HostedModel(Protocol):
 class ModelRuntime(Protocol):
     """One library: how its models are loaded."""
 
+    @property
+    def reference(self) -> Reference:
+        """What the generated reference says of it."""
+        ...
+
     def load(self, spec: ModelSpec, arena: Arena) -> HostedModel:
         """Load a model and put its weights into the arena.
 
@@ -63,10 +69,41 @@ class ModelRuntime(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A valid value of an option or parameter: a test, and the words for it."""
+    """An option or parameter: a test of its values and the words for them, and what it means.
+
+    ``default`` is in words, for the reference; empty: nothing is assumed.
+    """
 
     is_valid: Callable[[Any], bool]
     words: str
+    meaning: str = field(default="", kw_only=True)
+    default: str = field(default="", kw_only=True)
+
+    def means(self, meaning: str, default: str = "") -> Option:
+        """Return an option of the same values with this meaning."""
+        return replace(self, meaning=meaning, default=default)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """What a runtime takes: one table that both checks and documents. Texts are Markdown.
+
+    ``library`` runs the models; ``extra`` of the distribution brings it. ``sources`` are the forms
+    of ``source``; ``tasks`` say what goes in and comes out.
+    """
+
+    library: str
+    extra: str
+    sources: tuple[str, ...]
+    tasks: Mapping[TaskKind, str]
+    options: Mapping[str, Option] = field(default_factory=dict)
+    parameters: Mapping[str, Option] = field(default_factory=dict)
+    note: str = ""
+
+
+def describe_spec(spec: TensorSpec) -> str:
+    """Return the words for an input: ``x FP32 [-1, 2]``."""
+    return f"{spec.name} {spec.datatype} {list(spec.shape)}"
 
 
 def is_number(value: object) -> bool:
@@ -78,6 +115,23 @@ TEXT = Option(lambda value: isinstance(value, str), "a text")
 FLAG = Option(lambda value: isinstance(value, bool), "true or false")
 NUMBER = Option(is_number, "a number")
 COUNT = Option(lambda value: is_number(value) and value == int(value) and value > 0, "a count")
+OBJECT = Option(lambda value: isinstance(value, dict), "an object")
+TENSORS = Option(is_rules, "an object of path patterns, each move, drop or leave").means(
+    "what happens to tensors by their path from the model, with `*` and `?`, when the model leaves "
+    "VRAM: `move` keeps the values in host memory; `drop` is for scratch, which comes back as "
+    "zeros of its shape; `leave` is for what stays where it is",
+    "weights move, what tasks leave behind stays",
+)
+"""The option ``tensors`` of runtimes whose models hold more than weights."""
+
+
+def one_of(*values: str) -> Option:
+    """Return an option that takes these texts."""
+    words = ", ".join(values[:-1])
+    return Option(
+        lambda value: isinstance(value, str) and value in values,
+        f"{words} or {values[-1]}" if words else values[-1],
+    )
 
 
 def explain_fault(values: Mapping[str, Any], valid: Mapping[str, Option]) -> tuple[str, str]:

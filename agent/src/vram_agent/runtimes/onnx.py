@@ -1,13 +1,7 @@
 """The runtime ONNX: models run by ONNX Runtime.
 
-``source``: a path to an ``.onnx`` file; files with external data lie beside it.
-
-Options:
-- ``graphOptimization``: ``all`` (default), ``extended``, ``basic`` or ``disabled``.
-- ``gpuMemLimit``: a quantity such as ``4Gi``; bounds ONNX Runtime's arena on CUDA. Default: none.
-
-Tasks: infer, with the inputs and outputs that the file declares. Parameters are ignored: clients of
-the Open Inference Protocol send parameters for other servers.
+Why it exists: sessions are made in the GPU process only, from files that were read into the arena
+before. Imported by templates; it knows no session, which is engine/onnx.py's.
 """
 
 from __future__ import annotations
@@ -22,7 +16,7 @@ from vram_agent.engine.onnx_file import BrokenOnnxError, Signature, read_signatu
 from vram_agent.errors import BadInputError, ModelFailedError
 from vram_agent.protocol import InvalidQuantityError, ModelSpec, parse_quantity
 from vram_agent.runtimes.arrays import Array, as_array, as_tensor
-from vram_agent.runtimes.base import Option, check_options
+from vram_agent.runtimes.base import Option, Reference, check_options, describe_spec, one_of
 
 _OPTIMIZATIONS = {
     "all": "ORT_ENABLE_ALL",
@@ -40,15 +34,25 @@ def _is_quantity(value: object) -> bool:
 
 
 _OPTIONS = {
-    "graphOptimization": Option(
-        lambda value: value in _OPTIMIZATIONS, f"one of {', '.join(_OPTIMIZATIONS)}"
+    "graphOptimization": one_of(*_OPTIMIZATIONS).means("ONNX Runtime's optimization level", "all"),
+    "gpuMemLimit": Option(_is_quantity, "a quantity such as 4Gi").means(
+        "bounds ONNX Runtime's arena on CUDA"
     ),
-    "gpuMemLimit": Option(_is_quantity, "a quantity such as 4Gi"),
 }
 
 
 class OnnxRuntime:
     """Reads ONNX files into the arena; sessions are made in the GPU process."""
+
+    reference = Reference(
+        library="ONNX Runtime",
+        extra="onnx",
+        sources=("a path to an `.onnx` file; files with external data lie beside it",),
+        tasks={TaskKind.INFER: "the inputs and outputs that the file declares"},
+        options=_OPTIONS,
+        note="Parameters are ignored: clients of the Open Inference Protocol send parameters for "
+        "other servers.",
+    )
 
     def load(self, spec: ModelSpec, arena: Arena) -> OnnxModel:
         """Read the files and the signature. Raises ModelFailedError."""
@@ -117,7 +121,7 @@ class OnnxModel:
             what = "unknown" if name in given else "missing"
             raise BadInputError(
                 f"model {self._spec.name}: input {name} is {what}; it takes "
-                f"{', '.join(map(_describe, self.inputs)) or 'none'}",
+                f"{', '.join(map(describe_spec, self.inputs)) or 'none'}",
                 param=name,
             )
         feeds: dict[str, Array] = {}
@@ -126,7 +130,7 @@ class OnnxModel:
             # 2, 3
             if tensor.datatype != spec.datatype or not self._fits(tensor.shape, spec):
                 raise BadInputError(
-                    f"model {self._spec.name}: input {name} must be {_describe(spec)}, not "
+                    f"model {self._spec.name}: input {name} must be {describe_spec(spec)}, not "
                     f"{tensor.datatype} {list(tensor.shape)}",
                     param=name,
                 )
@@ -142,10 +146,6 @@ class OnnxModel:
 
     def forget(self) -> None:
         """Do nothing: nothing outlives a run but the session."""
-
-
-def _describe(spec: TensorSpec) -> str:
-    return f"{spec.name} {spec.datatype} {list(spec.shape)}"
 
 
 def _as_feed(tensor: Tensor) -> Array:

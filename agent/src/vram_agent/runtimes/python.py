@@ -1,78 +1,100 @@
 """The runtime Python: any object that your own code makes.
 
-``source``: ``module:factory``. ``factory(**options["arguments"])`` returns the model, any object.
-
-Options:
-- ``arguments``: keyword arguments of the factory, an object. Default: none.
-- ``path``: a folder, or a list of folders, put first on ``sys.path``.
-- ``loadsOn``: ``cpu`` (default), or ``cuda`` for code that insists on CUDA while it loads. The
-  factory then runs in the GPU process at the first use, and the weights are lost with that process:
-  such a model has the tiers PinnedHost and Disk only.
-
-Tasks, by the methods that the object has:
-- ``infer(inputs: dict[str, numpy.ndarray], parameters: dict) -> dict[str, numpy.ndarray]``; BYTES
-  are object arrays of bytes.
-- ``transcribe(audio: numpy.ndarray, parameters: dict)`` and ``translate(...)`` return a text, or a
-  dict of text, language and segments; audio is float32, 16 kHz mono.
-- ``speech(text: str, parameters: dict) -> (numpy.ndarray, rate_hertz)``.
-
-An object may also have ``inputs`` and ``outputs``: lists of (name, OIP datatype, shape), shown to
-clients; and ``forget()``, called when a model leaves the device, to drop caches it keeps there.
-Weights are the torch tensors found by walking from the object. A method says that the input is at
-fault by raising ``vram_agent.errors.BadInputError``; anything else is the model's own failure.
+Why it exists: models come in shapes that no library's loader knows. The object does the tasks whose
+methods it has (docs/runtimes.md says which arguments and results); its weights are the torch
+tensors found by walking from it. Imported by templates; it needs no torch. ``find_factory`` is for
+the runtime Torch too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+import numpy as np
 
 from vram_agent.backend import Task, TaskKind, TaskResult, TensorSpec
 from vram_agent.devices.base import DeviceMemory
 from vram_agent.engine.arena import Arena
-from vram_agent.engine.weights import NoWeights, Offloaded, Weights
+from vram_agent.engine.deferred import defer_sessions
+from vram_agent.engine.rules import read_rules
+from vram_agent.engine.weights import CombinedWeights, Offloaded, Weights
 from vram_agent.errors import BadInputError, ModelFailedError
 from vram_agent.protocol import ModelSpec
-from vram_agent.runtimes.arrays import as_array, as_tensor, read_audio
-from vram_agent.runtimes.base import Option, check_options
-
-SAMPLE_RATE_HERTZ = 16_000
-_PATH = Option(
-    lambda value: (
-        isinstance(value, str)
-        or (isinstance(value, list) and all(isinstance(item, str) for item in value))
-    ),
-    "a folder or a list of folders",
+from vram_agent.runtimes.arrays import SAMPLE_RATE_HERTZ, as_array, as_tensor, read_audio
+from vram_agent.runtimes.base import (
+    OBJECT,
+    TENSORS,
+    Option,
+    Reference,
+    check_options,
+    one_of,
 )
+
+FACTORY_OPTIONS = {
+    "arguments": OBJECT.means("keyword arguments of the factory", "none"),
+    "path": Option(
+        lambda value: (
+            isinstance(value, str)
+            or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+        ),
+        "a folder or a list of folders",
+    ).means("folders put first on `sys.path`", "none"),
+}
 _OPTIONS = {
-    "arguments": Option(lambda value: isinstance(value, dict), "an object of keyword arguments"),
-    "path": _PATH,
-    "loadsOn": Option(lambda value: value in {"cpu", "cuda"}, "cpu or cuda"),
+    **FACTORY_OPTIONS,
+    "tensors": TENSORS,
+    "loadsOn": one_of("cpu", "cuda").means(
+        "`cuda` for code that insists on CUDA while it loads: the factory then runs in the GPU "
+        "process at the first use, and the weights go with that process, so the model has the "
+        "tiers PinnedHost and Disk only",
+        "cpu",
+    ),
 }
 
 
 class PythonRuntime:
     """Calls the user's factory."""
 
+    reference = Reference(
+        library="your own code, with torch or without",
+        extra="torch, where the code uses it",
+        sources=("`module:factory`; `factory(**arguments)` returns the model, any object",),
+        tasks={
+            TaskKind.INFER: "method `infer`: a dict of arrays in, a dict of arrays out",
+            TaskKind.TRANSCRIBE: "method `transcribe`: 16 kHz mono in, a text or a dict out",
+            TaskKind.TRANSLATE: "method `translate`, likewise",
+            TaskKind.SPEECH: "method `speech`: a text in, samples and their rate out",
+        },
+        options=_OPTIONS,
+        note="Parameters are passed to the method as they are.",
+    )
+
     def load(self, spec: ModelSpec, arena: Arena) -> PythonModel:
         """Import the module and call the factory. Raises ModelFailedError."""
         check_options(spec, _OPTIONS)
-        paths = spec.options.get("path", [])
-        for path in [paths] if isinstance(paths, str) else reversed(paths):
-            if path not in sys.path:
-                sys.path.insert(0, path)
+        extend_path(spec)
         if spec.options.get("loadsOn") == "cuda":
             late = LateWeights(spec)
             return PythonModel(spec, late, lambda: late.root)
-        root = make_root(spec)
-        return PythonModel(spec, adopt_weights(root, arena), lambda: root)
+        root, weights = make_model(spec, arena)
+        return PythonModel(spec, weights, lambda: root)
 
 
-def make_root(spec: ModelSpec) -> object:
-    """Call the factory. Raises ModelFailedError: what, where, what to do."""
+def extend_path(spec: ModelSpec) -> None:
+    """Put the folders of ``options.path`` first on ``sys.path``, in their order."""
+    paths = spec.options.get("path", [])
+    for path in [paths] if isinstance(paths, str) else reversed(paths):
+        if path not in sys.path:
+            sys.path.insert(0, path)
+
+
+def find_factory(spec: ModelSpec) -> Callable[..., Any]:
+    """Return what ``module:factory`` names. Raises ModelFailedError."""
     module_name, _, factory_name = spec.source.partition(":")
     if not module_name or not factory_name:
         raise ModelFailedError(
@@ -88,22 +110,52 @@ def make_root(spec: ModelSpec) -> object:
             f"model {spec.name}: {spec.source} cannot be imported: {error}; put its folder into "
             f"options.path, or install it in the image"
         ) from error
+    if not callable(factory):
+        raise ModelFailedError(f"model {spec.name}: {spec.source} is no function and no class")
+    return factory  # type: ignore[no-any-return]
+
+
+def call_factory(spec: ModelSpec, factory: Callable[..., Any]) -> Any:
+    """Call the factory with ``options.arguments``. Raises ModelFailedError."""
     try:
-        root: object = factory(**spec.options.get("arguments", {}))
+        return factory(**spec.options.get("arguments", {}))
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ModelFailedError(
             f"model {spec.name}: {spec.source} raised {type(error).__name__}: {error}"
         ) from error
+
+
+def make_root(spec: ModelSpec) -> object:
+    """Make the object. Raises ModelFailedError where it cannot do a task."""
+    root: object = call_factory(spec, find_factory(spec))
+    methods = {kind: getattr(root, kind.value, None) for kind in TaskKind}
+    if not any(map(callable, methods.values())):
+        raise ModelFailedError(
+            f"model {spec.name}: {spec.source} returned a {type(root).__name__}, which has none of "
+            f"the methods {', '.join(methods)}; give it one"
+        )
+    for kind, method in methods.items():
+        if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
+            raise ModelFailedError(
+                f"model {spec.name}: method {kind.value} is async, and the GPU process has no "
+                f"event loop; make it a plain method, with asyncio.run inside where it needs one"
+            )
     return root
 
 
-def adopt_weights(root: object, arena: Arena) -> Weights:
-    """Put the torch tensors that hang off ``root`` into the arena."""
-    if "torch" not in sys.modules:
-        return NoWeights()
-    from vram_agent.engine.torch import TorchWeights  # noqa: PLC0415 - images may lack torch
+def make_model(spec: ModelSpec, arena: Arena) -> tuple[object, Weights]:
+    """Return the object and what moves of it: torch tensors, and the ONNX sessions that it made.
 
-    return TorchWeights(root, arena)
+    Raises ModelFailedError.
+    """
+    with defer_sessions(arena) as sessions:
+        root = make_root(spec)
+    parts: list[Weights] = list(sessions)
+    if "torch" in sys.modules:
+        from vram_agent.engine.torch import TorchWeights  # noqa: PLC0415 - images may lack torch
+
+        parts.append(TorchWeights(root, arena, read_rules(spec.options.get("tensors", {}))))
+    return root, CombinedWeights(parts)
 
 
 class LateWeights:
@@ -132,10 +184,8 @@ class LateWeights:
     def restore(self, memory: DeviceMemory, threads: int) -> int:
         """Make the model if there is none, then restore it. Raises ModelFailedError."""
         if self._weights is None:
-            root = make_root(self._spec)
             # An arena of this process alone: it goes when the process does.
-            self._weights = adopt_weights(root, Arena(self._spec.name))
-            self.root = root
+            self.root, self._weights = make_model(self._spec, Arena(self._spec.name))
             # What the loader left in the allocator's cache is room for the weights.
             memory.empty_cache()
         return self._weights.restore(memory, threads)
@@ -172,21 +222,21 @@ class PythonModel:
             raise BadInputError(f"model {self._spec.name} has no method {task.kind.value}")
         parameters = dict(task.parameters)
         if task.kind is TaskKind.INFER:
-            outputs: Mapping[str, Any] = method(
-                {tensor.name: as_array(tensor) for tensor in task.tensors}, parameters
-            )
+            found = method({tensor.name: as_array(tensor) for tensor in task.tensors}, parameters)
+            # Of a mapping or of pairs, which a generator may yield.
+            outputs: dict[str, Any] = dict(found)
             return TaskResult(tensors=[as_tensor(name, out) for name, out in outputs.items()])
         if task.kind is TaskKind.SPEECH:
             samples, rate_hertz = method(str(parameters.pop("input", "")), parameters)
+            if isinstance(samples, Iterator):
+                samples = np.concatenate([np.atleast_1d(part) for part in samples])
             return TaskResult(
                 values={"rate": int(rate_hertz)}, tensors=[as_tensor("audio", samples)]
             )
         audio = read_audio(task.tensors)
-        found = method(audio, parameters)
-        values = {"text": found} if isinstance(found, str) else dict(found)
+        values = _read_transcript(method(audio, parameters))
         values.setdefault("language", parameters.get("language") or "")
         values.setdefault("duration", len(audio) / SAMPLE_RATE_HERTZ)
-        values.setdefault("segments", [])
         return TaskResult(values=values)
 
     def forget(self) -> None:
@@ -196,6 +246,15 @@ class PythonModel:
             # A scrub must go on whatever one model does.
             with contextlib.suppress(Exception):
                 forget()
+
+
+def _read_transcript(found: Any) -> dict[str, Any]:
+    """Return the values of a transcription: of a text, a dict, or pieces of text one by one."""
+    if isinstance(found, Iterator):
+        found = "".join(found)
+    values = {"text": found} if isinstance(found, str) else dict(found)
+    values["segments"] = list(values.get("segments") or ())
+    return values
 
 
 def _read_specs(declared: Any) -> tuple[TensorSpec, ...]:

@@ -11,8 +11,19 @@ from vram_agent.runtimes.base import ModelRuntime
 _MODULES: dict[Runtime, tuple[str, str, str]] = {
     Runtime.WHISPER: ("vram_agent.runtimes.whisper", "WhisperRuntime", "whisper"),
     Runtime.ONNX: ("vram_agent.runtimes.onnx", "OnnxRuntime", "onnx"),
+    Runtime.TORCH: ("vram_agent.runtimes.torch", "TorchRuntime", "torch"),
+    Runtime.TRANSFORMERS: (
+        "vram_agent.runtimes.transformers",
+        "TransformersRuntime",
+        "transformers",
+    ),
     Runtime.PYTHON: ("vram_agent.runtimes.python", "PythonRuntime", "torch"),
 }
+
+
+def list_runtimes() -> tuple[Runtime, ...]:
+    """Return the runtimes of this build, in the order of the documentation."""
+    return tuple(_MODULES)
 
 
 def find_runtime(spec: ModelSpec) -> ModelRuntime:

@@ -1,20 +1,7 @@
 """The runtime Whisper: openai-whisper checkpoints.
 
-``source``: a path to a checkpoint (``.pt``), or a name that openai-whisper knows (``tiny``,
-``large-v3`` …), which is downloaded on first use.
-
-Options:
-- ``downloadRoot``: where downloads lie; default ``whisper`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
-- ``fp16``: compute in half precision; default true on CUDA; false is the only choice on the CPU.
-- ``language``: the language when a request names none; default: detected from the audio.
-- ``beamSize``: beams of the search at temperature 0; default: greedy.
-
-Tasks: transcribe and translate, from the FP32 tensor ``audio``. Parameters: ``language``,
-``prompt``, ``temperature`` (a number or a list of fallbacks), ``word_timestamps``,
-``condition_on_previous_text``, ``beam_size``, ``no_speech_threshold``, ``max_tokens`` (of each
-window of 30 s).
-
-openai-whisper takes seconds to import (numba), so this module is imported by templates only.
+Why it exists: openai-whisper keeps mel filters by device and leaves hooks behind, so it needs more
+than a factory. It takes seconds to import (numba), so this module is imported by templates only.
 """
 
 from __future__ import annotations
@@ -36,27 +23,19 @@ from vram_agent.engine.arena import Arena
 from vram_agent.engine.torch import TorchWeights
 from vram_agent.errors import BadInputError, ModelFailedError
 from vram_agent.protocol import ModelSpec
-from vram_agent.runtimes.arrays import read_audio
+from vram_agent.runtimes.arrays import SAMPLE_RATE_HERTZ, read_audio
 from vram_agent.runtimes.base import (
     COUNT,
     FLAG,
     NUMBER,
     TEXT,
     Option,
+    Reference,
     check_options,
     check_parameters,
     is_number,
 )
 
-SAMPLE_RATE_HERTZ = 16_000
-_OPTIONS = {"downloadRoot": TEXT, "fp16": FLAG, "language": TEXT, "beamSize": COUNT}
-_TEMPERATURE = Option(
-    lambda value: (
-        is_number(value)
-        or (isinstance(value, (list, tuple)) and bool(value) and all(map(is_number, value)))
-    ),
-    "a number or a list of numbers",
-)
 _LANGUAGE = Option(
     lambda value: (
         value is None
@@ -64,15 +43,34 @@ _LANGUAGE = Option(
     ),
     "a language that Whisper knows, as ISO 639-1 code or English name",
 )
+_OPTIONS = {
+    "downloadRoot": TEXT.means(
+        "where downloads lie; put a volume there, or each new pod downloads again",
+        "`whisper` in `$XDG_CACHE_HOME` or `~/.cache`",
+    ),
+    "fp16": FLAG.means("compute in half precision; on the CPU always `false`", "`true` on CUDA"),
+    "language": _LANGUAGE.means(
+        "the language when a request names none", "detected from the audio"
+    ),
+    "beamSize": COUNT.means("beams of the search at temperature 0", "greedy"),
+}
 _PARAMETERS = {
-    "language": _LANGUAGE,
-    "prompt": Option(lambda value: value is None or isinstance(value, str), "a text"),
-    "temperature": _TEMPERATURE,
-    "word_timestamps": FLAG,
-    "condition_on_previous_text": FLAG,
-    "beam_size": COUNT,
-    "no_speech_threshold": NUMBER,
-    "max_tokens": COUNT,
+    "language": _LANGUAGE.means("the language of the audio", "the option's"),
+    "prompt": Option(lambda value: value is None or isinstance(value, str), "a text").means(
+        "words that come before the audio"
+    ),
+    "temperature": Option(
+        lambda value: (
+            is_number(value)
+            or (isinstance(value, (list, tuple)) and bool(value) and all(map(is_number, value)))
+        ),
+        "a number or a list of numbers",
+    ).means("of the sampling; further ones are tried where one fails", "openai-whisper's"),
+    "word_timestamps": FLAG.means("times of each word too", "false"),
+    "condition_on_previous_text": FLAG.means("each window sees the text before it", "true"),
+    "beam_size": COUNT.means("beams of the search at temperature 0", "the option's"),
+    "no_speech_threshold": NUMBER.means("above this probability a window is silence", "0.6"),
+    "max_tokens": COUNT.means("most tokens of each window of 30 s", "the model's"),
 }
 _SEGMENT_FIELDS = (
     "id",
@@ -91,9 +89,24 @@ _SEGMENT_FIELDS = (
 class WhisperRuntime:
     """Loads openai-whisper models on the CPU."""
 
+    reference = Reference(
+        library="openai-whisper on torch",
+        extra="whisper",
+        sources=(
+            "a path to a checkpoint of openai-whisper (`.pt`)",
+            "a name that openai-whisper knows (`tiny`, `large-v3` …), downloaded on first use",
+        ),
+        tasks={
+            TaskKind.TRANSCRIBE: "text, language, and segments with times",
+            TaskKind.TRANSLATE: "the same, in English",
+        },
+        options=_OPTIONS,
+        parameters=_PARAMETERS,
+    )
+
     def load(self, spec: ModelSpec, arena: Arena) -> WhisperModel:
         """Load a checkpoint with ``whisper.load_model``. Raises ModelFailedError."""
-        check_options(spec, {**_OPTIONS, "language": _LANGUAGE})
+        check_options(spec, _OPTIONS)
         if spec.source not in whisper.available_models() and not os.path.isfile(spec.source):  # noqa: PTH113 - whisper's own test
             raise ModelFailedError(
                 f"model {spec.name}: there is no file {spec.source}, and openai-whisper knows no "

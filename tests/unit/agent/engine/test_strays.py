@@ -104,7 +104,7 @@ def test_strays_that_cannot_be_kept_stay_and_so_does_the_model(
     root.cache["one"], root.cache["two"] = torch.ones(5), torch.ones(6)
     regions = iter([None, OSError(28, "out")])
 
-    def populate(_: object) -> None:
+    def populate(*_: object) -> None:
         fault = next(regions)
         if fault is not None:
             raise fault

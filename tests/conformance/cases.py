@@ -99,6 +99,23 @@ def whisper_case() -> Case:
     )
 
 
+def funasr_case() -> Case:
+    clip = next(clip for clip in models.clips() if clip.text)
+    samples = models.read_samples(clip.path)
+
+    def check(result: TaskResult) -> None:
+        assert result.values["text"] == clip.text
+        assert result.values["duration"] == len(samples) / 16_000
+
+    return Case(
+        "FunASR",
+        ModelSpec(name="m", runtime=Runtime.FUNASR, source=str(models.FUNASR)),
+        transcribe(samples),
+        check,
+        bad_tensors=[tensor("audio", np.zeros((2, 3), np.float32))],
+    )
+
+
 def onnx_case() -> Case:
     clips = models.digit_clips()[:3]
     samples = np.stack([models.read_samples(clip.path) for clip in clips])
@@ -235,6 +252,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 """One of each runtime whose library is quick to import."""
 FORMS: dict[str, Callable[[], Case]] = {
+    "FunASR": funasr_case,
     "TorchExport": export_case,
     "TorchFactory": factory_case,
     "TransformersWhisper": recogniser_case,

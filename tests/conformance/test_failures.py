@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -47,13 +48,16 @@ X = np.array([1.0, 2.0], dtype=np.float32)
         pytest.param(Runtime.TORCH, "{tmp}/cut.pt", "neither TorchScript", id="torch cut off"),
         pytest.param(Runtime.TORCH, "{tmp}/other.pt", "options.weights", id="torch state dict"),
         pytest.param(Runtime.TRANSFORMERS, "{tmp}/none", "no folder", id="transformers missing"),
-        pytest.param(Runtime.FUNASR, "x", "is not in this build", id="not in this build"),
+        pytest.param(Runtime.FUNASR, "{tmp}/none", "none/config.yaml; mount", id="funasr missing"),
+        pytest.param(Runtime.FUNASR, "{tmp}/cut", "FunASR cannot load", id="funasr cut off"),
     ],
 )
 async def test_a_model_that_does_not_load_says_why_and_leaves_nothing(
     group: ProcessGroup, tmp_path: Path, runtime: Runtime, source: str, match: str
 ) -> None:
     (tmp_path / "empty").touch()
+    shutil.copytree(models.FUNASR, tmp_path / "cut")
+    (tmp_path / "cut/model.pt").write_bytes((models.FUNASR / "model.pt").read_bytes()[:-1000])
     (tmp_path / "junk").write_bytes(b"\xff\xfe neither checkpoint nor graph" * 100)
     (tmp_path / "cut.pt").write_bytes(models.WHISPER.read_bytes()[:200_000])
     (tmp_path / "cut.onnx").write_bytes(models.DIGITS.read_bytes()[:-1000])

@@ -12,6 +12,7 @@ from tests.conformance.cases import Case, bits_of, python_spec
 
 NEAREST = {
     Runtime.WHISPER: "fp16",
+    Runtime.FUNASR: "useItn",
     Runtime.ONNX: "gpuMemLimit",
     Runtime.PYTHON: "arguments",
     Runtime.TORCH: "allowPickle",

@@ -28,6 +28,10 @@ DIGITS = DATA / "spoken-digit.onnx"
 """`audio` FP32 [batch, 16000] -> `probabilities` FP32 [batch, 10], `digit` INT64 [batch]."""
 
 
+FUNASR = DATA / "funasr-words"
+"""A folder that stock `funasr.AutoModel` reads: a CTC model of the same sixteen words."""
+
+
 @dataclass(frozen=True)
 class Clip:
     """A recording, 16 kHz mono 16-bit WAV, and what Whisper must make of it."""

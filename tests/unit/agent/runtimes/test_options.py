@@ -9,7 +9,6 @@ from vram_agent.backend import Task, TaskKind
 from vram_agent.errors import BadInputError, ModelFailedError
 from vram_agent.protocol import ModelSpec, Runtime
 from vram_agent.runtimes.base import COUNT, FLAG, NUMBER, TEXT, check_options, check_parameters
-from vram_agent.runtimes.registry import find_runtime
 
 VALID = {"beamSize": COUNT, "fp16": FLAG, "language": TEXT, "threshold": NUMBER}
 
@@ -49,9 +48,3 @@ def test_a_bad_parameter_is_the_callers_fault_and_named() -> None:
     with pytest.raises(BadInputError, match="did you mean language") as caught:
         check_parameters(task, VALID)
     assert caught.value.param == "langage"
-
-
-@pytest.mark.parametrize("runtime", [Runtime.FUNASR])
-def test_a_runtime_that_is_not_built_names_those_that_are(runtime: Runtime) -> None:
-    with pytest.raises(ModelFailedError, match="ONNX, Python, Torch, Transformers, Whisper"):
-        find_runtime(spec(runtime))

@@ -69,13 +69,17 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model in host memory: its size, what it can do and, for INFER, its signature."""
+    """A model in host memory: its size, what it can do and, for INFER, its signature.
+
+    ``message`` says what was unusual about the load.
+    """
 
     name: str
     weight_bytes: int
     tasks: frozenset[TaskKind]
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,9 +157,10 @@ class GroupBackend(Protocol):
         """
         ...
 
-    async def restore(self, name: str) -> Moved:
+    async def restore(self, name: str, device: str = "") -> Moved:
         """Bring a loaded model into VRAM, forking the GPU process if there is none. Idempotent.
 
+        ``device``: UUID of the device that a new GPU process uses; empty: as the model's spec says.
         Raises ModelFailedError, NoVramError (the device is out of memory) or WorkerDiedError;
         the model is not resident then and holds no VRAM.
         """

@@ -15,7 +15,6 @@ from collections.abc import Coroutine
 from functools import partial
 from typing import Any, Final
 
-import msgspec
 import structlog
 
 from vram_agent.backend import Backend, GroupBackend, ProcessExit, Task, TaskResult
@@ -279,11 +278,8 @@ class Supervisor:
         self._pump()
 
     async def _move(self, step: Step, cell: ModelCell) -> None:
-        spec = cell.spec
-        if step.kind is StepKind.LOAD and len(self._fleet.devices) > 1:
-            index = next((d.index for d in self._fleet.devices if d.uuid == step.device), "")
-            spec = msgspec.structs.replace(spec, device=str(index))
-        outcome = await carry_out(step, self._open(cell.group), spec, self._clock.monotonic)
+        group = self._open(cell.group)
+        outcome = await carry_out(step, group, cell.spec, self._clock.monotonic)
         verdict = self._transitions.settle(outcome)
         if verdict is not None:
             self._turn_away(cell, verdict)

@@ -19,11 +19,11 @@ from vram_agent.core.admission import (
     Shortage,
     TooLarge,
     Wait,
-    choose_device,
     choose_victims,
     decide_admission,
     is_evictable,
     rank_candidates,
+    rank_devices,
 )
 from vram_agent.core.ledger import HOST
 from vram_agent.core.pool import (
@@ -118,19 +118,10 @@ def _load(pool: Pool, model: ModelFacts) -> Iterator[Step]:
     """1. It can never fit: refuse. 2. The group's GPU process lives: end it. 3. Host memory is
     full: unload what is unused. 4. Load.
     """
-    device = choose_device(pool, model)
     reason = _reason_to_come(model)
     # 1
-    limit = pool.vram.limit_bytes(device)
-    if model.needed_bytes > limit:
-        yield Step(
-            kind=StepKind.REFUSE,
-            model=model.name,
-            reason=Reason.OVERSIZE,
-            is_permanent=True,
-            message=f"model {model.name} needs {model.needed_bytes} bytes of VRAM, more than the "
-            f"{limit} bytes that budget and headroom leave for any model",
-        )
+    if fault := _find_lasting_fault(pool, model):
+        yield _refuse_for_good(model, fault)
         return
     # 2
     if pool.groups[model.group].has_gpu_process:
@@ -139,7 +130,7 @@ def _load(pool: Pool, model: ModelFacts) -> Iterator[Step]:
     # 3
     expected = pool.host.expected_bytes(model.name, 0, 0)
     if expected > pool.host.budget_bytes:
-        yield _refuse_host(pool, model, expected)
+        yield _refuse_for_good(model, _explain_host(pool, model, expected))
         return
     if expected > pool.host.available_bytes(HOST):
         if any(m.residence.state is ModelState.OFFLOADING for m in pool.models):
@@ -150,7 +141,6 @@ def _load(pool: Pool, model: ModelFacts) -> Iterator[Step]:
         kind=StepKind.LOAD,
         model=model.name,
         reason=reason,
-        device=device,
         needed_bytes=min(expected, max(0, pool.host.available_bytes(HOST))),
     )
 
@@ -161,7 +151,7 @@ def _restore(
     earmarks, notes = sinks
     charge = pool.host.charges.get(model.name)
     if charge is not None and charge.held_bytes > pool.host.budget_bytes:
-        yield _refuse_host(pool, model, charge.held_bytes)
+        yield _refuse_for_good(model, _explain_host(pool, model, charge.held_bytes))
         return
     admission = decide_admission(pool, model, earmarks, now)
     is_eager = model.queued == 0 and _is_eager(model)
@@ -175,13 +165,7 @@ def _restore(
                 needed_bytes=model.needed_bytes,
             )
         case TooLarge(message=message):
-            yield Step(
-                kind=StepKind.REFUSE,
-                model=model.name,
-                reason=Reason.OVERSIZE,
-                message=message,
-                is_permanent=True,
-            )
+            yield _refuse_for_good(model, message)
         case NoRoom(message=message):
             yield _refuse(model, message)
         case _ if is_eager:
@@ -190,8 +174,7 @@ def _restore(
             for name in victims:
                 yield from _evict(pool, pool.model(name), model, now)
         case EndIdleProcess(group=group):
-            member = next(m for m in pool.models if m.group == group and not m.is_on_disk)
-            yield from _end_group_of(pool, member, Reason.EVICTED, model.name)
+            yield from _end_idle(pool, group, model)
         case Wait(device=device, held=held, until=until, is_short=is_short):
             earmarks.add(device, model.needed_bytes)
             notes.held.update(held)
@@ -205,14 +188,36 @@ def _refuse(model: ModelFacts, message: str) -> Step:
     return Step(kind=StepKind.REFUSE, model=model.name, reason=Reason.NO_VRAM, message=message)
 
 
-def _refuse_host(pool: Pool, model: ModelFacts, needed_bytes: int) -> Step:
+def _refuse_for_good(model: ModelFacts, message: str) -> Step:
     return Step(
         kind=StepKind.REFUSE,
         model=model.name,
         reason=Reason.OVERSIZE,
         is_permanent=True,
-        message=f"model {model.name} needs {needed_bytes} bytes of host memory; "
-        f"hostMemory.budget is {pool.host.budget_bytes}",
+        message=message,
+    )
+
+
+def _find_lasting_fault(pool: Pool, model: ModelFacts) -> str:
+    """Return why no device will ever hold the model, empty where one may."""
+    if model.missing_device:
+        return (
+            f"model {model.name} asks for device {model.missing_device}; this pod has "
+            f"{len(pool.vram.capacity_bytes)}, numbered from 0"
+        )
+    limit = max(map(pool.vram.limit_bytes, rank_devices(pool, model)))
+    if model.needed_bytes > limit:
+        return (
+            f"model {model.name} needs {model.needed_bytes} bytes of VRAM, more than the "
+            f"{limit} bytes that budget and headroom leave for any model"
+        )
+    return ""
+
+
+def _explain_host(pool: Pool, model: ModelFacts, needed_bytes: int) -> str:
+    return (
+        f"model {model.name} needs {needed_bytes} bytes of host memory; "
+        f"hostMemory.budget is {pool.host.budget_bytes}"
     )
 
 
@@ -233,6 +238,14 @@ def _end_group_of(
                 kind=StepKind.UNLOAD, model=member.name, reason=reason, beneficiary=beneficiary
             )
     yield Step(kind=StepKind.END_GPU, model=model.name, reason=reason, beneficiary=beneficiary)
+
+
+def _end_idle(pool: Pool, group: str, model: ModelFacts) -> Iterator[Step]:
+    if group == model.group:
+        yield from _end_group_of(pool, model, Reason.MOVED)
+        return
+    member = next(m for m in pool.models if m.group == group and not m.is_on_disk)
+    yield from _end_group_of(pool, member, Reason.EVICTED, model.name)
 
 
 def _unload_unused(pool: Pool, beneficiary: str = "") -> Iterator[Step]:

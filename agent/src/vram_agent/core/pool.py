@@ -33,6 +33,8 @@ class Reason(StrEnum):
     """Host memory is needed for another model's weights."""
     GROUP_CHANGED = "GroupChanged"
     """Another model of the group is to be loaded, which no live GPU process survives."""
+    MOVED = "Moved"
+    """Another device has room for it now; its own would keep it waiting."""
     AFTER_TASK = "AfterTask"
     KEEP_ALIVE = "KeepAlive"
     """The time that the last request asked to keep the model for is over."""
@@ -128,15 +130,17 @@ class ModelFacts:
     needed_bytes: int = 0
     """Expected peak in VRAM; 0 where nothing is known yet."""
     device: str = ""
-    """Where it must go; empty: not placed yet."""
+    """Where its config says that it must go; empty: anywhere."""
+    missing_device: str = ""
+    """The index that its config names and no device of the pod has."""
     loads_on_device: bool = False
     """It has no template: leaving the GPU process means leaving altogether."""
     is_retiring: bool = False
     """The config changed it or took it away: it leaves as soon as no task runs on it."""
     short_since: float | None = None
     """Since when memory that no model of ours holds is missing for it."""
-    was_out_of_vram: bool = False
-    """The device refused it although the figures said that it fits."""
+    out_of_vram_on: frozenset[str] = frozenset()
+    """Devices that refused it although the figures said that it fits."""
 
     @property
     def is_resident(self) -> bool:
@@ -171,6 +175,7 @@ class GroupFacts:
     """The template died: what leaves the GPU process is lost."""
     device_bytes: int | None = None
     device: str = ""
+    """Where its GPU process is; empty while there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

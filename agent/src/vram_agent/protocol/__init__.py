@@ -52,6 +52,7 @@ from vram_agent.protocol.report import (
     PodIdentity,
     Report,
     RestartRequest,
+    ScrubReport,
     Transition,
 )
 from vram_agent.protocol.spec import (
@@ -112,6 +113,7 @@ __all__ = [
     "ResidualSource",
     "RestartRequest",
     "Runtime",
+    "ScrubReport",
     "Tier",
     "Transition",
     "VramPolicy",

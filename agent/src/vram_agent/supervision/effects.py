@@ -57,7 +57,7 @@ async def carry_out(
             case StepKind.LOAD:
                 loaded = await group.load(spec)
             case StepKind.RESTORE:
-                moved = await group.restore(step.model)
+                moved = await group.restore(step.model, step.device)
             case StepKind.OFFLOAD:
                 moved = await group.offload(step.model)
             case StepKind.END_GPU:

@@ -73,6 +73,7 @@ class GroupCell:
     running: ModelCell | None = None
     is_orphaned: bool = False
     device: str = ""
+    """Where its GPU process is, or is being made; empty while there is none."""
 
     @property
     def is_busy(self) -> bool:
@@ -108,10 +109,9 @@ class ModelCell:
     """Running mean of the tasks' durations; None before the first."""
     restore_seconds: float = 0.0
     short_since: float | None = None
-    was_out_of_vram: bool = False
+    out_of_vram_on: set[str] = field(default_factory=set)
     next_spec: ModelSpec | None = None
     is_retiring: bool = False
-    device: str = ""
 
     @property
     def name(self) -> str:
@@ -142,7 +142,7 @@ class ModelCell:
         self.retry_at = 0.0
         self.restore_deaths = 0
         self.short_since = None
-        self.was_out_of_vram = False
+        self.out_of_vram_on.clear()
 
 
 def loads_on_device(spec: ModelSpec) -> bool:
@@ -225,6 +225,12 @@ class Fleet:
         share = UNLIMITED_BYTES if limit is None else int(limit * _HOST_SHARE)
         host_budget = parse_quantity(host) if host else share
         self.host = self.host.with_limits(host_budget, {HOST: UNLIMITED_BYTES})
+
+    def device_index(self, cell: ModelCell) -> str:
+        """Return the index that the model, or another one of its group, asks for; else empty."""
+        return cell.spec.device or next(
+            (mate.spec.device for mate in self.members(cell.group) if mate.spec.device), ""
+        )
 
     def device_by_index(self, index: str) -> str:
         """Return the UUID of a device of the pod; empty where there is none of that index."""

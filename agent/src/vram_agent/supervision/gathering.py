@@ -52,6 +52,7 @@ def _gather_free_bytes(fleet: Fleet, backend: Backend) -> dict[str, int]:
 
 def _model_facts(fleet: Fleet, cell: ModelCell) -> ModelFacts:
     command = cell.commands[0] if cell.commands else None
+    index = fleet.device_index(cell)
     return ModelFacts(
         name=cell.name,
         group=cell.group.name,
@@ -70,11 +71,12 @@ def _model_facts(fleet: Fleet, cell: ModelCell) -> ModelFacts:
         if command is None
         else Command(kind=CommandKind(command.kind), tier=command.tier),
         needed_bytes=needed_bytes(fleet, cell),
-        device=cell.device or fleet.device_by_index(cell.spec.device),
+        device=fleet.device_by_index(index),
+        missing_device=index if fleet.devices and not fleet.device_by_index(index) else "",
         loads_on_device=cell.loads_on_device,
         is_retiring=cell.is_retiring,
         short_since=cell.short_since,
-        was_out_of_vram=cell.was_out_of_vram,
+        out_of_vram_on=frozenset(cell.out_of_vram_on),
     )
 
 

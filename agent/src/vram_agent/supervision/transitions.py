@@ -47,7 +47,6 @@ class Transitions:
             case StepKind.LOAD:
                 after = decide_residence(cell.residence, Event.LOAD)
                 self._fleet.host = self._fleet.host.reserve(cell.name, HOST, step.needed_bytes)
-                cell.device = group.device = step.device
                 self._mark(cell, after)
             case StepKind.RESTORE:
                 after = decide_residence(cell.residence, Event.RESTORE)
@@ -55,6 +54,7 @@ class Transitions:
                     cell.name, step.device, step.needed_bytes
                 )
                 cell.short_since = None
+                group.device = step.device
                 self._mark(cell, after)
             case _:
                 self._begin_leaving(step, cell)
@@ -80,7 +80,7 @@ class Transitions:
         """Return what the waiting requests are told; Failed where no waiting helps."""
         cell = self._fleet.models[step.model]
         cell.short_since = None
-        cell.was_out_of_vram = False
+        cell.out_of_vram_on.clear()
         if not step.is_permanent:
             return NoVramError(step.message, retry_after_seconds=5.0)
         cell.note_failure(step.message, self._clock.monotonic())
@@ -137,8 +137,7 @@ class Transitions:
                 self._commit(cell, Event.ALL_LOST, (reason, kind, 0.0))
         if group.is_orphaned and gpu_pid is None:
             group.is_orphaned = False
-        members = self._fleet.members(group)
-        if not group.is_moving and all(m.residence.tier is Tier.DISK for m in members):
+        if gpu_pid is None and not group.is_moving:
             group.device = ""
 
     def reset(self, cell: ModelCell, reason: Reason) -> None:
@@ -163,7 +162,7 @@ class Transitions:
         for member, after in marks:
             self._mark(member, after)
         if step.beneficiary:
-            self._fleet.models[step.beneficiary].was_out_of_vram = False
+            self._fleet.models[step.beneficiary].out_of_vram_on.clear()
             for member, _ in marks:
                 self._observer.observe_eviction(member.name, step.reason)
 
@@ -173,7 +172,7 @@ class Transitions:
             cell.loaded = outcome.loaded
             self._fleet.host = self._fleet.host.commit(cell.name, outcome.loaded.weight_bytes, 0)
             cell.last_used_at = self._clock.monotonic()
-            self._commit(cell, Event.LOADED, note)
+            self._commit(cell, Event.LOADED, note, outcome.loaded.message)
             return None
         error = outcome.error or ModelFailedError(f"model {cell.name} did not load")
         if isinstance(error, WorkerDiedError) and self._is_worth_another_try(cell):
@@ -202,7 +201,7 @@ class Transitions:
         self._release(cell)
         # 2
         if isinstance(error, NoVramError):
-            cell.was_out_of_vram = True
+            cell.out_of_vram_on.add(outcome.step.device)
             self._commit(cell, Event.ROLLED_BACK, note, error)
             return None
         # 3
@@ -236,6 +235,7 @@ class Transitions:
                 self._commit(member, Event.ALL_LOST, note, outcome.error)
         if outcome.has_lost_all:
             cell.group.backend = None
+            cell.group.device = ""
 
     def _is_worth_another_try(self, cell: ModelCell) -> bool:
         cell.restore_deaths += 1
@@ -277,7 +277,6 @@ class Transitions:
             self._release(cell)
         if cell.residence.tier is Tier.DISK:
             self._fleet.host = self._fleet.host.release(cell.name)
-            cell.device = ""
         cell.last_transition = Transition(
             kind=kind,
             seconds=round(seconds, 6),

@@ -102,6 +102,20 @@ def model(**fields: Any) -> dict[str, Any]:
             id="two models of one name",
         ),
         pytest.param(
+            {
+                "models": [
+                    {**MODEL, "group": "g", "device": "0"},
+                    {**MODEL, "name": "b", "group": "g"},
+                    {**MODEL, "name": "c", "group": "g", "device": "1"},
+                ]
+            },
+            [
+                "models[2].device: 1, but whisper of the same group g is on 0; "
+                "a group has one GPU process on one device"
+            ],
+            id="a group on two devices",
+        ),
+        pytest.param(
             {"listen": {"serving": "8000", "control": "0.0.0.0:99999"}},
             [
                 "listen.serving: '8000' is not host:port; write for example 0.0.0.0:8000",

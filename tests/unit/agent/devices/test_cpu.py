@@ -156,14 +156,14 @@ def test_the_devices_total(tmp_path: Path, path: str, text: str, total: int) -> 
 
 def test_the_device_says_what_it_is() -> None:
     device = CpuDevice(total_bytes=MIB)
-    (report,) = device.reports([])
+    (report,) = device.reports({})
     assert (report.kind, report.total_bytes, report.used_bytes) == (DeviceKind.CPU, MIB, 0)
     assert device.residual_source() is ResidualSource.PROCESS
     assert device.baseline_bytes() == 0
     own = device.process_bytes(os.getpid())
     assert own is not None
-    assert device.reports([os.getpid()])[0].used_bytes == pytest.approx(own, rel=0.1)
-    assert device.place("") == device.place("0")
+    assert device.reports({os.getpid(): "CPU-0"})[0].used_bytes == pytest.approx(own, rel=0.1)
+    assert device.place("") == device.place("0") == device.place("CPU-0")
     with pytest.raises(NoVramError, match="device 1 does not exist"):
         device.place("1")
 

@@ -8,6 +8,7 @@ import pytest
 from vram_agent.errors import ModelFailedError, NoVramError
 from vram_agent.protocol import (
     AfterTask,
+    DeviceKind,
     HostMemoryPolicy,
     LoadPolicy,
     OffloadTier,
@@ -321,19 +322,130 @@ async def test_the_host_budget_unloads_what_is_unused(make_rig: MakeRig) -> None
     assert (rig.state("a"), rig.state("b")) == ("Offloaded/PinnedHost", "Absent/Disk")
 
 
-async def test_models_are_placed_where_most_is_free_or_where_they_say(make_rig: MakeRig) -> None:
-    make_rig.backend = FakeBackend(total_bytes=3 * GIB, devices=2)
+@pytest.mark.parametrize("kind", [DeviceKind.CUDA, DeviceKind.MIG])
+async def test_models_go_where_they_fit_best_and_the_processes_go_with_them(
+    make_rig: MakeRig, kind: DeviceKind
+) -> None:
+    make_rig.backend = FakeBackend()
+    make_rig.backend.kind = kind
+    make_rig.backend.totals = [10 * GIB, 3 * GIB]
     rig = make_rig(
-        spec("a", residency=KEEP),
-        spec("b", residency=KEEP),
-        spec("c", device="0", residency=KEEP),
-        vram=VramPolicy(headroom="0"),
+        spec("small", vram="1Gi", residency=KEEP),
+        spec("large", vram="9Gi", residency=KEEP),
+        spec("told", device="1", residency=KEEP),
+        vram=VramPolicy(headroom="512Mi"),
+    )
+    for name in ("small", "large", "told"):
+        await rig.ask(name)
+    where = {name: rig.backend.groups[name].device for name in ("small", "large", "told")}
+    assert where == {"small": 1, "large": 0, "told": 1}
+    charges = rig.supervisor._fleet.vram.charges
+    assert {name: charges[name].device for name in where} == {
+        "small": "FAKE-1",
+        "large": "FAKE-0",
+        "told": "FAKE-1",
+    }
+    assert rig.observer.evictions == []
+
+
+async def test_the_headroom_is_kept_free_on_each_device(make_rig: MakeRig) -> None:
+    make_rig.backend = FakeBackend(total_bytes=2 * GIB, devices=2)
+    rig = make_rig(
+        *(spec(name, vram="1Gi", residency=KEEP) for name in "abc"),
+        vram=VramPolicy(headroom="512Mi"),
     )
     for name in "abc":
         await rig.ask(name)
-    charges = rig.supervisor._fleet.vram.charges
-    assert {charges["a"].device, charges["b"].device} == {"FAKE-0", "FAKE-1"}
-    assert charges["c"].device == "FAKE-0"
+        await rig.settle(1)
+    assert [rig.state(name) for name in "abc"].count("Resident/VRAM") == 2
+    assert {rig.backend.groups[name].device for name in "bc"} == {0, 1}
+    assert rig.observer.evictions == [("a", "Evicted")]
+
+
+async def test_a_model_without_a_gpu_process_is_placed_anew(make_rig: MakeRig) -> None:
+    make_rig.backend = FakeBackend(total_bytes=2 * GIB, devices=2)
+    rig = make_rig(
+        spec("a", stay={"offload_tier": OffloadTier.HOST}),
+        spec("b", device="0", residency=KEEP),
+        vram=VramPolicy(headroom="0"),
+    )
+    await rig.ask("a")
+    await rig.settle(1)
+    busy = rig.ask("b", seconds=60.0)
+    await rig.settle(1)
+    await rig.ask("a")
+    assert rig.backend.groups["a"].device == 1
+    assert not busy.done()
+    await busy
+
+
+async def test_a_pinned_model_leaves_a_full_device_for_one_with_room(make_rig: MakeRig) -> None:
+    make_rig.backend = FakeBackend(total_bytes=3 * GIB, devices=2)
+    rig = make_rig(
+        spec("a", vram="2Gi"),
+        spec("b", vram="2Gi", device="0", residency=KEEP),
+        vram=VramPolicy(headroom="0"),
+    )
+    await rig.ask("a")
+    await rig.settle(1)
+    assert (rig.state("a"), rig.backend.groups["a"].device) == ("Offloaded/PinnedHost", 0)
+    busy = rig.ask("b", seconds=60.0)
+    await rig.settle(1)
+    await rig.ask("a")
+    assert (rig.backend.groups["a"].device, busy.done()) == (1, False)
+    assert rig.backend.count("end_gpu") == 1
+    await busy
+
+
+async def test_models_of_a_group_share_one_gpu_process_and_keep_their_own_tiers(
+    make_rig: MakeRig,
+) -> None:
+    make_rig.backend = FakeBackend(total_bytes=10 * GIB, devices=2)
+    rig = make_rig(
+        spec("a", group="g", device="1", residency=KEEP), spec("b", group="g", residency=KEEP)
+    )
+    await asyncio.gather(rig.ask("a"), rig.ask("b"))
+    await rig.settle(1)
+    assert list(rig.backend.groups) == ["group:g"]
+    assert (rig.state("a"), rig.state("b")) == ("Resident/VRAM", "Resident/VRAM")
+    assert rig.backend.groups["group:g"].device == 1
+    pid = rig.backend.groups["group:g"].gpu_pid
+    await rig.supervisor.offload("a")
+    assert (rig.state("a"), rig.state("b")) == ("Offloaded/PinnedHost", "Resident/VRAM")
+    assert rig.backend.groups["group:g"].gpu_pid == pid
+    report = rig.supervisor.report()
+    assert [m.vram_bytes for m in report.models] == [0, GIB]
+    assert report.memory.residual_bytes == CONTEXT_BYTES
+
+
+async def test_a_device_that_the_pod_does_not_have_is_named_before_anything_is_loaded(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a", device="7"))
+    with pytest.raises(NoVramError, match=r"asks for device 7; this pod has 1, numbered from 0"):
+        await rig.ask("a")
+    assert rig.backend.calls == []
+
+
+async def test_of_two_devices_only_the_one_that_refused_is_doubted(make_rig: MakeRig) -> None:
+    make_rig.backend = FakeBackend(total_bytes=4 * GIB, devices=2)
+    rig = make_rig(spec("a", vram="1Gi", residency=KEEP), vram=VramPolicy(headroom="0"))
+    rig.backend.script.fail("restore", "a", NoVramError("CUDA out of memory"))
+    assert await rig.ask("a")
+    assert rig.backend.groups["a"].device == 1
+    assert rig.backend.count("restore", "a") == 2
+
+
+async def test_what_a_load_says_is_in_the_report(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a"))
+    rig.backend.script.messages["a"] = "2 tensors were left alone: sparse"
+    rig.backend.script.seconds = {"restore": 5.0}
+    request = rig.ask("a")
+    await rig.settle(1)
+    transition = rig.supervisor.model("a").report.last_transition
+    assert transition is not None
+    assert (transition.kind, transition.message) == ("load", "2 tensors were left alone: sparse")
+    await request
 
 
 async def test_scrub_waits_for_the_task_and_leaves_the_model_resident(make_rig: MakeRig) -> None:

@@ -45,6 +45,7 @@ class Script:
     weights: dict[str, int] = field(default_factory=dict)
     vram: dict[str, int] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
+    scrubbed: Scrubbed = field(default_factory=lambda: Scrubbed(before_bytes=2, after_bytes=1))
 
     def fail(self, call: str, model: str, *errors: Exception) -> None:
         self.failures[(call, model)].extend(errors)
@@ -114,7 +115,7 @@ class FakeGroup:
         async with self._transition("offload", name):
             self.resident.pop(name, None)
             self.pinned.add(name)
-            return Moved(vram_bytes=0, seconds=0.1)
+            return Moved(vram_bytes=0, seconds=0.1, scrubbed=self.backend.script.scrubbed)
 
     async def run(self, name: str, task: Task) -> TaskResult:
         if not self.is_resident(name):
@@ -160,7 +161,7 @@ class FakeGroup:
 
     async def scrub(self) -> Scrubbed:
         async with self._transition("scrub", self.group):
-            return Scrubbed(before_bytes=2, after_bytes=1)
+            return self.backend.script.scrubbed
 
     async def close(self) -> None:
         self._die()

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import structlog
 
-from vram_agent.backend import Backend, GroupBackend, ProcessExit, Task, TaskResult
+from vram_agent.backend import Backend, GroupBackend, ProcessExit, Scrubbed, Task, TaskResult
 from vram_agent.core.policy import decide
 from vram_agent.core.pool import CommandKind, Reason, Step, StepKind
 from vram_agent.errors import (
@@ -52,7 +52,7 @@ from vram_agent.supervision.reconfigure import (
 from vram_agent.supervision.reporting import Reporter, model_report, model_view
 from vram_agent.supervision.requests import Requests
 from vram_agent.supervision.transitions import Transitions
-from vram_agent.supervision.upkeep import Scrubs, end_gpu_processes
+from vram_agent.supervision.upkeep import Scrubs, end_gpu_processes, sum_scrubs
 
 _MAX_STEPS: Final = 10_000
 """More steps than this after one event would be a policy that never rests."""
@@ -82,7 +82,7 @@ class Supervisor:
         self._backend: Backend | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._scrubs = Scrubs(self._fleet, self._transitions)
+        self._scrubs = Scrubs(self._fleet, self._transitions, surroundings.observer)
         self._retired = asyncio.Event()
         self._is_frozen = False
         self._is_closed = False
@@ -182,7 +182,8 @@ class Supervisor:
         """Scrub every GPU process, each once nothing else runs in it."""
         futures = self._scrubs.want_all()
         self._pump()
-        await asyncio.gather(*map(asyncio.shield, futures))
+        scrubs = await asyncio.gather(*map(asyncio.shield, futures))
+        self._reporter.note_scrub(sum_scrubs(scrubs))
         return self.report()
 
     async def drain(self) -> Report:
@@ -281,6 +282,7 @@ class Supervisor:
         group = self._open(cell.group)
         outcome = await carry_out(step, group, cell.spec, self._clock.monotonic)
         verdict = self._transitions.settle(outcome)
+        self._reporter.note_scrub(outcome.scrubbed)
         if verdict is not None:
             self._turn_away(cell, verdict)
         self._pump()
@@ -348,7 +350,7 @@ class Supervisor:
         self._pump()
 
     async def _scrub(
-        self, group: GroupCell, backend: GroupBackend, done: asyncio.Future[None]
+        self, group: GroupCell, backend: GroupBackend, done: asyncio.Future[Scrubbed]
     ) -> None:
         await self._scrubs.carry_out(group, backend, done)
         self._pump()

@@ -279,7 +279,13 @@ class ProcessGroup:
         assert isinstance(reply, MovedTo)  # noqa: S101 - what a GPU process answers
         self._resident.pop(name, None)
         self._figures = reply.figures
-        return Moved(vram_bytes=reply.vram_bytes, seconds=reply.seconds, message=reply.message)
+        before_bytes, after_bytes = reply.scrubbed_bytes or (0, 0)
+        return Moved(
+            vram_bytes=reply.vram_bytes,
+            seconds=reply.seconds,
+            message=reply.message,
+            scrubbed=Scrubbed(before_bytes=before_bytes, after_bytes=after_bytes),
+        )
 
     async def _run(self, name: str, task: Task) -> TaskResult:
         async with self._run_lock:

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vram_agent.backend import GroupBackend, LoadedModel, Moved, Task, TaskResult
+from vram_agent.backend import GroupBackend, LoadedModel, Moved, Scrubbed, Task, TaskResult
 from vram_agent.core.pool import Step, StepKind
 from vram_agent.errors import AgentError, ModelFailedError, TaskFailedError
 from vram_agent.protocol import ModelSpec
@@ -28,6 +28,11 @@ class Outcome:
     error: AgentError | None = None
     has_lost_all: bool = False
     """The group had to be closed: nothing of it is in any memory."""
+
+    @property
+    def scrubbed(self) -> Scrubbed | None:
+        """What the scrub of an offload gave back; None where there was none."""
+        return None if self.moved is None else self.moved.scrubbed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

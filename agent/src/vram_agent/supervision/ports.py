@@ -61,6 +61,10 @@ class TransitionObserver(Protocol):
         """A task began after so many seconds in the queue."""
         ...
 
+    def observe_scrub(self, reclaimed_bytes: int) -> None:
+        """A scrub of a GPU process gave so many bytes of device memory back."""
+        ...
+
     def observe_worker_restart(self, model: str, reason: str) -> None:
         """A process of the model's group was lost or renewed."""
         ...

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from uuid import uuid4
 
-from vram_agent.backend import Backend
+import msgspec
+
+from vram_agent.backend import Backend, Scrubbed
 from vram_agent.core.residual import MemorySamples, ProcessSample, compute_memory_report
 from vram_agent.protocol import (
     ActionReport,
@@ -19,6 +21,7 @@ from vram_agent.protocol import (
     ModelState,
     Report,
     ResidualSource,
+    ScrubReport,
     Tier,
 )
 from vram_agent.serving.base import ModelView
@@ -38,6 +41,18 @@ class Reporter:
         self.boot_id = uuid4().hex
         self.epoch = 0
         self.backend: Backend | None = None
+        self._last_scrub: ScrubReport | None = None
+
+    def note_scrub(self, scrubbed: Scrubbed | None) -> None:
+        """Remember what a scrub gave back; None where there was none."""
+        if scrubbed is None:
+            return
+        self._last_scrub = ScrubReport(
+            at=format_time(self._surroundings.clock.now()),
+            before_bytes=scrubbed.before_bytes,
+            after_bytes=scrubbed.after_bytes,
+            reclaimed_bytes=scrubbed.reclaimed_bytes,
+        )
 
     def note_activity(self, *, is_idle: bool) -> None:
         """Remember since when nothing waits, runs or moves."""
@@ -63,7 +78,7 @@ class Reporter:
             observed_at=format_time(self._surroundings.clock.now()),
             config_generation=self._fleet.config.metadata.generation,
             devices=devices,
-            memory=self._memory(devices),
+            memory=msgspec.structs.replace(self._memory(devices), last_scrub=self._last_scrub),
             models=[model_report(cell) for cell in self._fleet.listed()],
             idle=self._idle_since is not None,
             idle_since=self._idle_since,

@@ -11,7 +11,7 @@ from typing import Final
 
 import structlog
 
-from vram_agent.backend import ProcessExit
+from vram_agent.backend import ProcessExit, Scrubbed
 from vram_agent.core.ledger import HOST
 from vram_agent.core.lifecycle import Event, Residence, decide_residence
 from vram_agent.core.pool import Reason, Step, StepKind
@@ -230,7 +230,8 @@ class Transitions:
                     event = Event.UNLOADED
                 elif step.kind is StepKind.OFFLOAD and has_gpu_process and outcome.error is None:
                     event = Event.OFFLOADED_PINNED
-                self._commit(member, event, note, outcome.error)
+                said = outcome.error or (outcome.moved.message if outcome.moved else None)
+                self._commit(member, event, note, said, outcome.scrubbed)
             elif is_gone and member.residence.tier is not Tier.DISK:
                 self._commit(member, Event.ALL_LOST, note, outcome.error)
         if outcome.has_lost_all:
@@ -263,6 +264,7 @@ class Transitions:
         event: Event,
         note: tuple[Reason, str, float],
         said: AgentError | str | None = None,
+        scrubbed: Scrubbed | None = None,
     ) -> None:
         """End a change: residence, charges, report, metric and one line of log.
 
@@ -286,7 +288,13 @@ class Transitions:
         is_failure = isinstance(said, AgentError)
         outcome = "failed" if is_failure else "ok"
         self._observer.observe_transition(cell.name, kind, seconds, outcome)
-        fields = {"message": message} if message else {}
+        fields: dict[str, str | int] = {"message": message} if message else {}
+        if scrubbed is not None:
+            self._observer.observe_scrub(scrubbed.reclaimed_bytes)
+            fields |= {
+                "scrub_before_bytes": scrubbed.before_bytes,
+                "scrub_after_bytes": scrubbed.after_bytes,
+            }
         (_log.warning if is_failure else _log.info)(
             "transition",
             model=cell.name,

@@ -110,8 +110,10 @@ def model(**fields: Any) -> dict[str, Any]:
                 ]
             },
             [
-                "models[2].device: 1, but whisper of the same group g is on 0; "
-                "a group has one GPU process on one device"
+                (
+                    "models[2].device: 1, but whisper of the same group g is on 0; "
+                    "a group has one GPU process on one device"
+                )
             ],
             id="a group on two devices",
         ),

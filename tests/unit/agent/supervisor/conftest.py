@@ -29,6 +29,7 @@ class RecordingObserver:
         self.evictions: list[tuple[str, str]] = []
         self.waits: list[tuple[str, float]] = []
         self.restarts: list[tuple[str, str]] = []
+        self.scrubs: list[int] = []
 
     def observe_transition(self, model: str, transition: str, seconds: float, outcome: str) -> None:
         self.transitions.append((model, transition, outcome))
@@ -38,6 +39,9 @@ class RecordingObserver:
 
     def observe_queue_wait(self, model: str, seconds: float) -> None:
         self.waits.append((model, seconds))
+
+    def observe_scrub(self, reclaimed_bytes: int) -> None:
+        self.scrubs.append(reclaimed_bytes)
 
     def observe_worker_restart(self, model: str, reason: str) -> None:
         self.restarts.append((model, reason))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from vram_agent.backend import Scrubbed
 from vram_agent.errors import ModelFailedError, NoVramError
 from vram_agent.protocol import (
     AfterTask,
@@ -456,6 +457,44 @@ async def test_scrub_waits_for_the_task_and_leaves_the_model_resident(make_rig: 
     assert task.done()
     assert rig.backend.count("scrub") == 1
     assert report.models[0].state == "Resident"
+
+
+async def test_an_offload_says_what_its_scrub_gave_back(
+    make_rig: MakeRig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rig = make_rig(spec("a"))
+    assert rig.supervisor.report().memory.last_scrub is None
+    rig.backend.script.scrubbed = Scrubbed(before_bytes=700, after_bytes=300)
+    await rig.ask("a")
+    await rig.settle(1)
+    scrub = rig.supervisor.report().memory.last_scrub
+    assert scrub is not None
+    assert (scrub.before_bytes, scrub.after_bytes, scrub.reclaimed_bytes) == (700, 300, 400)
+    assert scrub.at == "2026-01-01T00:00:00.000Z"
+    assert rig.observer.scrubs == [400]
+    (line,) = (text for text in capsys.readouterr().out.splitlines() if "PinnedHost" in text)
+    assert "scrub_before_bytes=700" in line
+    assert "scrub_after_bytes=300" in line
+
+
+async def test_a_scrub_by_hand_answers_with_what_all_processes_gave_back(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a", residency=KEEP), spec("b", residency=KEEP))
+    await asyncio.gather(rig.ask("a"), rig.ask("b"))
+    rig.backend.script.scrubbed = Scrubbed(before_bytes=700, after_bytes=300)
+    scrub = (await rig.supervisor.scrub()).memory.last_scrub
+    assert scrub is not None
+    assert (scrub.before_bytes, scrub.after_bytes, scrub.reclaimed_bytes) == (1400, 600, 800)
+    assert rig.observer.scrubs == [400, 400]
+
+
+async def test_a_scrub_during_which_more_was_taken_reclaimed_nothing(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a"))
+    rig.backend.script.scrubbed = Scrubbed(before_bytes=300, after_bytes=700)
+    await rig.ask("a")
+    await rig.settle(1)
+    assert rig.observer.scrubs == [0]
 
 
 async def test_the_report_accounts_for_models_and_residual(make_rig: MakeRig) -> None:

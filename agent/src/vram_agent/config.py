@@ -223,6 +223,9 @@ def _find_type_faults(value: Any, kind: Any, path: str) -> Iterator[str]:
 def _walk(value: Any, info: msgspec.inspect.Type, kind: Any, path: str) -> Iterator[str]:
     if isinstance(info, msgspec.inspect.Metadata):
         inner = info.type
+        if isinstance(inner, msgspec.inspect.UnionType) and value is not None:
+            # X | None, the only kind of union there is: what is said is an X.
+            inner = next(t for t in inner.types if not isinstance(t, msgspec.inspect.NoneType))
         if isinstance(inner, msgspec.inspect.StructType | msgspec.inspect.ListType):
             info = inner
     # 1

@@ -90,8 +90,8 @@ class Supervisor:
 
     def attach(self, backend: Backend) -> None:
         """Take the devices and processes; requests that came before have waited for them."""
-        self._backend = self._reporter.backend = backend
-        self._fleet.devices = backend.devices()
+        self._backend = backend
+        self._fleet.devices = self._reporter.attach(backend)
         self._fleet.set_limits()
         for cell in self._fleet.models.values():
             order_eager_load(cell)
@@ -242,6 +242,7 @@ class Supervisor:
                 is_short = cell.name in decision.short
                 since = now if cell.short_since is None else cell.short_since
                 cell.short_since = since if is_short else None
+                cell.waits_for = decision.waits.get(cell.name, "")
             if decision.step is None:
                 self._wake_at(decision.requeue_at, now)
                 return

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from vram_agent.core.dirty import CHECK_SECONDS
 from vram_agent.core.ledger import UNLIMITED_BYTES
 from vram_agent.core.pool import ModelFacts, Pool
 from vram_agent.protocol import ModelState, Tier
@@ -59,6 +60,8 @@ class Wait:
     until: float | None = None
     is_short: bool = False
     """What is missing is held by no model of ours."""
+    note: str = ""
+    """Why, where no model or process of ours has a part in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,13 +149,14 @@ def admit_on(  # noqa: PLR0911 - one return for each branch of the docstring
     """Decide for one device.
 
     1. The model is larger than the budget or the device: TooLarge, with the figures.
-    2. Nothing is missing: Fits.
-    3. What is missing is leaving already: Wait.
-    4. Models that no task runs on cover it: Evict a minimal set of them.
-    5. So they do together with models whose turn is over: Evict those that can leave, then Wait,
+    2. Others use the device, and the config says to stay away: NoRoom, or Wait until they leave.
+    3. Nothing is missing: Fits.
+    4. What is missing is leaving already: Wait.
+    5. Models that no task runs on cover it: Evict a minimal set of them.
+    6. So they do together with models whose turn is over: Evict those that can leave, then Wait,
        holding back new tasks on the others.
-    6. Models in their turn would be needed: Wait for the end of it.
-    7. No set of models covers it, so contexts or strangers hold the rest: Evict what is idle on
+    7. Models in their turn would be needed: Wait for the end of it.
+    8. No set of models covers it, so contexts or strangers hold the rest: Evict what is idle on
        the device, one after the other, then EndIdleProcess, then Wait for SETTLE_SECONDS, then
        NoRoom.
     """
@@ -165,27 +169,32 @@ def admit_on(  # noqa: PLR0911 - one return for each branch of the docstring
             f"device {device or '(any)'} has {_show(pool.vram.capacity_of(device))} "
             "after the headroom"
         )
+    # 2
+    if (closed := pool.closed.get(device)) is not None:
+        if closed.is_refused:
+            return NoRoom(message=f"model {model.name} was not brought up: {closed.explain()}")
+        return Wait(device=device, until=now + CHECK_SECONDS, note=closed.explain())
     shortage = compute_shortage(pool, model, device, earmarks)
-    # 2, 3
+    # 3, 4
     if shortage.is_covered:
         return Wait(device=device) if shortage.needs_leavers else Fits(device=device)
-    # 4
+    # 5
     ranked = rank_candidates(pool, model.name)
     ready = [m for m in ranked if is_evictable(pool, m, now)]
     if victims := choose_victims(pool, ready, shortage, device):
         return Evict(device=device, victims=victims)
-    # 5
+    # 6
     yielding = [m for m in ranked if _turn_ends_at(m) <= now]
     if chosen := choose_victims(pool, yielding, shortage, device):
         free = tuple(name for name in chosen if is_evictable(pool, pool.model(name), now))
         if free:
             return Evict(device=device, victims=free)
         return Wait(device=device, held=chosen)
-    # 6
+    # 7
     if choose_victims(pool, ranked, shortage, device):
         ends = [_turn_ends_at(m) for m in ranked if _turn_ends_at(m) > now]
         return Wait(device=device, until=min(ends, default=None))
-    # 7
+    # 8
     for idle in ready:
         if not idle.wants_vram and _device_of(pool, idle) == device:
             return Evict(device=device, victims=(idle.name,))

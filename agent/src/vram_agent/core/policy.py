@@ -59,16 +59,19 @@ def decide(pool: Pool, now: float) -> Decision:
     wakes: list[float] = []
     short: set[str] = set()
     held: set[str] = set()
+    waits: dict[str, str] = {}
     steps = (
         _retire(pool),  # 1
         _obey(pool, now),  # 2
-        _admit(pool, now, _Notes(wakes=wakes, short=short, held=held)),  # 3
+        _admit(pool, now, _Notes(wakes=wakes, short=short, held=held, waits=waits)),  # 3
         _shrink(pool, now),  # 4
         _sink(pool, now, wakes),  # 5
         _run(pool, held),  # 6
     )
     step = next((found for source in steps for found in source), None)
-    return Decision(step=step, requeue_at=min(wakes, default=None), short=frozenset(short))
+    return Decision(
+        step=step, requeue_at=min(wakes, default=None), short=frozenset(short), waits=waits
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +81,7 @@ class _Notes:
     wakes: list[float]
     short: set[str]
     held: set[str]
+    waits: dict[str, str]
 
 
 def _retire(pool: Pool) -> Iterator[Step]:
@@ -115,13 +119,16 @@ def _admit(pool: Pool, now: float, notes: _Notes) -> Iterator[Step]:
 
 
 def _load(pool: Pool, model: ModelFacts) -> Iterator[Step]:
-    """1. It can never fit: refuse. 2. The group's GPU process lives: end it. 3. Host memory is
-    full: unload what is unused. 4. Load.
+    """1. It can never fit, or no device is open to it: refuse. 2. The group's GPU process lives:
+    end it. 3. Host memory is full: unload what is unused. 4. Load.
     """
     reason = _reason_to_come(model)
     # 1
     if fault := _find_lasting_fault(pool, model):
         yield _refuse_for_good(model, fault)
+        return
+    if fault := _find_passing_fault(pool, model):
+        yield _refuse(model, fault)
         return
     # 2
     if pool.groups[model.group].has_gpu_process:
@@ -168,6 +175,10 @@ def _restore(
             yield _refuse_for_good(model, message)
         case NoRoom(message=message):
             yield _refuse(model, message)
+        case Wait(until=until, note=note) if until is not None and note:
+            # Nothing is set aside: it may take long, and the others need not wait for it.
+            notes.wakes.append(until)
+            notes.waits[model.name] = note
         case _ if is_eager:
             yield _refuse(model, f"no room for {model.name} without taking another model out")
         case Evict(victims=victims):
@@ -212,6 +223,15 @@ def _find_lasting_fault(pool: Pool, model: ModelFacts) -> str:
             f"{limit} bytes that budget and headroom leave for any model"
         )
     return ""
+
+
+def _find_passing_fault(pool: Pool, model: ModelFacts) -> str:
+    """Return why no device takes the model as things are, empty where one may."""
+    closed = [pool.closed.get(device) for device in rank_devices(pool, model)]
+    refused = [one for one in closed if one is not None and one.is_refused]
+    if len(refused) < len(closed):
+        return ""
+    return f"model {model.name} was not loaded: {refused[0].explain()}"
 
 
 def _explain_host(pool: Pool, model: ModelFacts, needed_bytes: int) -> str:

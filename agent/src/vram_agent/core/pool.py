@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from vram_agent.core.dirty import ClosedDevice
 from vram_agent.core.ledger import Ledger
 from vram_agent.core.lifecycle import Residence
 from vram_agent.protocol import ModelState, OffloadTier, Residency, Tier
@@ -188,6 +189,8 @@ class Pool:
     host: Ledger
     free_bytes: Mapping[str, int] = field(default_factory=dict)
     """Measured on each device, less the headroom; a device that is not here is not judged by it."""
+    closed: Mapping[str, ClosedDevice] = field(default_factory=dict)
+    """Devices where no GPU process may begin now, since others use them."""
 
     def model(self, name: str) -> ModelFacts:
         """Return the facts of one model."""
@@ -219,3 +222,5 @@ class Decision:
     step: Step | None = None
     requeue_at: float | None = None
     short: frozenset[str] = frozenset()
+    waits: Mapping[str, str] = field(default_factory=dict)
+    """What models wait for that no model of ours will bring about, in words."""

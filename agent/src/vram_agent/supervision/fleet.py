@@ -110,6 +110,8 @@ class ModelCell:
     restore_seconds: float = 0.0
     short_since: float | None = None
     out_of_vram_on: set[str] = field(default_factory=set)
+    waits_for: str = ""
+    """What keeps it out of VRAM that no model of ours will end, in words."""
     next_spec: ModelSpec | None = None
     is_retiring: bool = False
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from uuid import uuid4
 
 import msgspec
+import structlog
 
 from vram_agent.backend import Backend, Scrubbed
+from vram_agent.core.dirty import is_dirty
 from vram_agent.core.residual import MemorySamples, ProcessSample, compute_memory_report
 from vram_agent.protocol import (
     ActionReport,
@@ -26,7 +28,10 @@ from vram_agent.protocol import (
 )
 from vram_agent.serving.base import ModelView
 from vram_agent.supervision.fleet import Fleet, ModelCell
+from vram_agent.supervision.gathering import dirty_above_bytes, dirty_policy
 from vram_agent.supervision.ports import Surroundings, format_time
+
+_log = structlog.get_logger("vram_agent.device")
 
 
 class Reporter:
@@ -42,6 +47,29 @@ class Reporter:
         self.epoch = 0
         self.backend: Backend | None = None
         self._last_scrub: ScrubReport | None = None
+
+    def attach(self, backend: Backend) -> list[DeviceReport]:
+        """Measure from now on; return the devices, and say which of them others use already."""
+        self.backend = backend
+        devices = self._devices()
+        for device in devices:
+            if device.dirty:
+                dirty = dirty_policy(self._fleet)
+                _log.warning(
+                    "device dirty",
+                    gpu_uuid=device.uuid,
+                    baseline_bytes=device.baseline_bytes,
+                    above=dirty.above,
+                    policy=dirty.policy.value,
+                )
+        return devices
+
+    def _devices(self) -> list[DeviceReport]:
+        above_bytes = dirty_above_bytes(self._fleet)
+        return [
+            msgspec.structs.replace(device, dirty=is_dirty(device.baseline_bytes, above_bytes))
+            for device in ([] if self.backend is None else self.backend.devices())
+        ]
 
     def note_scrub(self, scrubbed: Scrubbed | None) -> None:
         """Remember what a scrub gave back; None where there was none."""
@@ -64,7 +92,7 @@ class Reporter:
     def write(self, *, is_draining: bool, action: ActionReport | None) -> Report:
         """Measure and return the report."""
         self._sequence += 1
-        devices = [] if self.backend is None else self.backend.devices()
+        devices = self._devices()
         return Report(
             agent=AgentIdentity(
                 version=self._surroundings.version,

@@ -115,7 +115,8 @@ class Requests:
         seconds = self._fleet.config.queue.timeout_seconds
         error = QueueTimeoutError(
             f"the request waited longer than queue.timeoutSeconds ({seconds}) "
-            f"for model {cell.name} ({cell.residence})",
+            f"for model {cell.name} ({cell.residence})"
+            + (f"; {cell.waits_for}" if cell.waits_for else ""),
             retry_after_seconds=self.retry_after_seconds(cell),
         )
         self._answer(waiting, None, error)

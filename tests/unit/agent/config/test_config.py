@@ -77,6 +77,14 @@ def model(**fields: Any) -> dict[str, Any]:
             id="a quantity is shown, not its pattern",
         ),
         pytest.param(
+            {"vram": {"dirty": {"above": "1GB", "polcy": "Wait"}}},
+            [
+                "vram.dirty.polcy: unknown field; did you mean policy?",
+                "vram.dirty.above: '1GB': not a quantity; write for example 10G or 512Mi",
+            ],
+            id="a fault inside of what may be absent",
+        ),
+        pytest.param(
             model(name="A_b"),
             [
                 (

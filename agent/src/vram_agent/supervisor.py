@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import structlog
 
-from vram_agent.backend import Backend, GroupBackend, ProcessExit, Scrubbed, Task, TaskResult
+from vram_agent.backend import Backend, GroupBackend, ProcessExit, Task, TaskResult
 from vram_agent.core.policy import decide
 from vram_agent.core.pool import CommandKind, Reason, Step, StepKind
 from vram_agent.errors import (
@@ -39,9 +39,10 @@ from vram_agent.protocol import (
 )
 from vram_agent.serving.base import ModelView
 from vram_agent.supervision.actions import CALL, STOP, Acting, Actions, Drain
-from vram_agent.supervision.effects import carry_out, run_task
+from vram_agent.supervision.effects import carry_out, close_group, run_task
 from vram_agent.supervision.fleet import Fleet, GroupCell, ModelCell, PendingCommand, Waiting
 from vram_agent.supervision.gathering import gather_pool
+from vram_agent.supervision.learning import Learning
 from vram_agent.supervision.ports import Surroundings
 from vram_agent.supervision.reconfigure import (
     Reconfiguration,
@@ -72,6 +73,7 @@ class Supervisor:
         self._transitions = Transitions(self._fleet, surroundings)
         self._reconfiguration = Reconfiguration(self._fleet, self._requests, self._transitions)
         self._reporter = Reporter(self._fleet, surroundings)
+        self._learning = Learning(self._fleet, surroundings.sizes)
         self._drain = Drain()
         self._exit = asyncio.Event()
         self._actions = Actions(
@@ -88,12 +90,17 @@ class Supervisor:
         self._is_closed = False
         self._fault: BaseException | None = None
 
+    async def recall(self) -> None:
+        """Learn from earlier boots, before ``attach``. Takes seconds at most."""
+        await self._learning.recall()
+
     def attach(self, backend: Backend) -> None:
         """Take the devices and processes; requests that came before have waited for them."""
         self._backend = backend
         self._fleet.devices = self._reporter.attach(backend)
         self._fleet.set_limits()
         for cell in self._fleet.models.values():
+            self._fleet.recall(cell)
             order_eager_load(cell)
         self._pump()
 
@@ -225,7 +232,7 @@ class Supervisor:
             self._retire()
             if self._backend is not None and not self._is_frozen:
                 for due in self._scrubs.take_due():
-                    self._spawn(self._scrub(*due))
+                    self._spawn(self._then_pump(self._scrubs.carry_out(*due)))
                 self._take_steps(self._backend)
         except Exception as fault:
             # Nothing may be half done: say so, and let the liveness probe end this process.
@@ -284,6 +291,8 @@ class Supervisor:
         outcome = await carry_out(step, group, cell.spec, self._clock.monotonic)
         verdict = self._transitions.settle(outcome)
         self._reporter.note_scrub(outcome.scrubbed)
+        if self._learning.note(cell):
+            self._spawn(self._learning.save())
         if verdict is not None:
             self._turn_away(cell, verdict)
         self._pump()
@@ -303,7 +312,7 @@ class Supervisor:
 
     def _retire(self) -> None:
         for backend in self._reconfiguration.complete():
-            self._spawn(_close_group(backend))
+            self._spawn(close_group(backend))
         if self._reconfiguration.is_complete():
             self._retired.set()
 
@@ -350,10 +359,8 @@ class Supervisor:
         self._reporter.epoch += 1
         self._pump()
 
-    async def _scrub(
-        self, group: GroupCell, backend: GroupBackend, done: asyncio.Future[Scrubbed]
-    ) -> None:
-        await self._scrubs.carry_out(group, backend, done)
+    async def _then_pump(self, work: Coroutine[Any, Any, None]) -> None:
+        await work
         self._pump()
 
     def _ensure_not_draining(self) -> None:
@@ -390,10 +397,3 @@ class Supervisor:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-async def _close_group(backend: GroupBackend) -> None:
-    try:
-        await backend.close()
-    except AgentError as error:
-        _log.warning("group not closed", error=error.message)

@@ -11,10 +11,14 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import structlog
+
 from vram_agent.backend import GroupBackend, LoadedModel, Moved, Scrubbed, Task, TaskResult
 from vram_agent.core.pool import Step, StepKind
 from vram_agent.errors import AgentError, ModelFailedError, TaskFailedError
 from vram_agent.protocol import ModelSpec
+
+_log = structlog.get_logger("vram_agent.supervisor")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +104,14 @@ async def run_task(
         error = TaskFailedError(f"{type(fault).__name__}: {fault}")
         return TaskOutcome(seconds=monotonic() - began, error=error)
     return TaskOutcome(seconds=monotonic() - began, result=result)
+
+
+async def close_group(group: GroupBackend) -> None:
+    """Close a group that has no model left; what goes wrong is logged."""
+    try:
+        await group.close()
+    except AgentError as error:
+        _log.warning("group not closed", error=error.message)
 
 
 async def _force_out(step: Step, group: GroupBackend) -> bool:

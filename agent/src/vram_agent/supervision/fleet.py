@@ -27,6 +27,7 @@ from vram_agent.protocol import (
     Transition,
     parse_quantity,
 )
+from vram_agent.supervision.sizes import LearnedSize, model_key
 
 FIRST_RETRY_SECONDS = 1.0
 LAST_RETRY_SECONDS = 60.0
@@ -165,6 +166,8 @@ class Fleet:
         self.models: dict[str, ModelCell] = {}
         self.groups: dict[str, GroupCell] = {}
         self.devices: list[DeviceReport] = []
+        self.remembered: dict[str, LearnedSize] = {}
+        """What this boot and earlier ones measured, the latest last."""
         self._host_limit_bytes = host_limit_bytes
         self.vram = Ledger(budget_bytes=UNLIMITED_BYTES, capacity_bytes={})
         self.host = Ledger(budget_bytes=UNLIMITED_BYTES, capacity_bytes={HOST: UNLIMITED_BYTES})
@@ -176,7 +179,17 @@ class Fleet:
         """Add a model at rest."""
         cell = ModelCell(spec=spec, group=self.ensure_group(group_name(spec)))
         self.models[spec.name] = cell
+        self.recall(cell)
         return cell
+
+    def recall(self, cell: ModelCell) -> None:
+        """Let the ledgers expect of a model what was measured of it earlier, if anything."""
+        if not self.devices:
+            return
+        size = self.remembered.get(model_key(cell.spec, self.devices[0].kind))
+        if size is not None:
+            self.vram = self.vram.with_hint(cell.name, size.vram_bytes)
+            self.host = self.host.with_hint(cell.name, size.host_bytes)
 
     def ensure_group(self, name: str) -> GroupCell:
         """Return the group of that name."""

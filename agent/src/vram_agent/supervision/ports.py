@@ -7,11 +7,13 @@ on fake time and ``__main__`` and the embedding library compose it differently.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 from vram_agent.protocol import ActionReport, AgentMode, PodIdentity
+from vram_agent.supervision.sizes import LearnedSize
 
 
 class Clock(Protocol):
@@ -82,6 +84,29 @@ class ActionJournal(Protocol):
         ...
 
 
+class SizeStore(Protocol):
+    """Where learned sizes outlive the process."""
+
+    async def read(self) -> Mapping[str, LearnedSize]:
+        """Return what an earlier boot wrote, by ``sizes.model_key``; never raises."""
+        ...
+
+    async def write(self, sizes: Mapping[str, LearnedSize]) -> None:
+        """Replace it atomically, without blocking the loop. Raises OSError."""
+        ...
+
+
+class NoSizes:
+    """The store of an agent that has no place of its own."""
+
+    async def read(self) -> Mapping[str, LearnedSize]:
+        """Return nothing."""
+        return {}
+
+    async def write(self, sizes: Mapping[str, LearnedSize]) -> None:
+        """Forget it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """Everything that the supervisor does not own."""
@@ -89,6 +114,7 @@ class Surroundings:
     clock: Clock
     observer: TransitionObserver
     journal: ActionJournal
+    sizes: SizeStore = field(default_factory=NoSizes)
     pod: PodIdentity = field(default_factory=PodIdentity)
     version: str = ""
     mode: AgentMode = AgentMode.SERVE

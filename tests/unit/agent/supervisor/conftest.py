@@ -15,7 +15,7 @@ from vram_agent.protocol import (
     Residency,
     Runtime,
 )
-from vram_agent.supervision.ports import LoopClock, Surroundings
+from vram_agent.supervision.ports import LoopClock, NoSizes, SizeStore, Surroundings
 from vram_agent.supervisor import Supervisor
 
 from tests.support.backend import FakeBackend
@@ -64,7 +64,9 @@ class MemoryJournal:
 class Rig:
     """A supervisor, its fake backend and what it observed."""
 
-    def __init__(self, config: AgentConfig, journal: MemoryJournal, backend: FakeBackend) -> None:
+    def __init__(
+        self, config: AgentConfig, journal: MemoryJournal, sizes: SizeStore, backend: FakeBackend
+    ) -> None:
         self.backend = backend
         self.observer = RecordingObserver()
         self.journal = journal
@@ -74,6 +76,7 @@ class Rig:
                 clock=LoopClock(START),
                 observer=self.observer,
                 journal=journal,
+                sizes=sizes,
                 pod=PodIdentity(namespace="ns", name="pod", uid="uid"),
                 version="test",
             ),
@@ -112,11 +115,12 @@ class MakeRig:
     def __init__(self) -> None:
         self.rigs: list[Rig] = []
         self.journal = MemoryJournal()
+        self.sizes: SizeStore = NoSizes()
         self.backend: FakeBackend | None = None
 
     def __call__(self, *specs: ModelSpec, attach: bool = True, **config: Any) -> Rig:
         backend = self.backend or FakeBackend()
-        rig = Rig(AgentConfig(models=list(specs), **config), self.journal, backend)
+        rig = Rig(AgentConfig(models=list(specs), **config), self.journal, self.sizes, backend)
         self.rigs.append(rig)
         if attach:
             rig.attach()

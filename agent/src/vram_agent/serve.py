@@ -18,7 +18,7 @@ import structlog
 
 from vram_agent import __version__
 from vram_agent.backend import Backend
-from vram_agent.cgroup import read_memory_limit_bytes
+from vram_agent.cgroup import ContainerMemory, read_memory_limit_bytes
 from vram_agent.config import (
     ConfigError,
     Settings,
@@ -82,6 +82,7 @@ async def serve(config: AgentConfig, settings: Settings) -> int:
             sizes=FileSizes(settings.state_directory),
             pod=settings.pod,
             version=__version__,
+            host=ContainerMemory(),
             host_limit_bytes=read_memory_limit_bytes(),
         ),
     )

@@ -42,6 +42,7 @@ from vram_agent.supervision.actions import CALL, STOP, Acting, Actions, Drain
 from vram_agent.supervision.effects import carry_out, close_group, run_task
 from vram_agent.supervision.fleet import Fleet, GroupCell, ModelCell, PendingCommand, Waiting
 from vram_agent.supervision.gathering import gather_pool
+from vram_agent.supervision.host import HostGauge
 from vram_agent.supervision.learning import Learning
 from vram_agent.supervision.ports import Surroundings
 from vram_agent.supervision.reconfigure import (
@@ -70,7 +71,8 @@ class Supervisor:
         self._clock = surroundings.clock
         self._fleet = Fleet(config, surroundings.host_limit_bytes)
         self._requests = Requests(self._fleet, surroundings)
-        self._transitions = Transitions(self._fleet, surroundings)
+        self._host = HostGauge(surroundings.host, surroundings.clock)
+        self._transitions = Transitions(self._fleet, surroundings, self._host)
         self._reconfiguration = Reconfiguration(self._fleet, self._requests, self._transitions)
         self._reporter = Reporter(self._fleet, surroundings)
         self._learning = Learning(self._fleet, surroundings.sizes)
@@ -86,8 +88,7 @@ class Supervisor:
         self._timer: asyncio.TimerHandle | None = None
         self._scrubs = Scrubs(self._fleet, self._transitions, surroundings.observer)
         self._retired = asyncio.Event()
-        self._is_frozen = False
-        self._is_closed = False
+        self._is_frozen = self._is_closed = False
         self._fault: BaseException | None = None
 
     async def recall(self) -> None:
@@ -244,7 +245,7 @@ class Supervisor:
     def _take_steps(self, backend: Backend) -> None:
         now = self._clock.monotonic()
         for _ in range(_MAX_STEPS):
-            decision = decide(gather_pool(self._fleet, backend), now)
+            decision = decide(gather_pool(self._fleet, backend, self._host.room_bytes()), now)
             for cell in self._fleet.models.values():
                 is_short = cell.name in decision.short
                 since = now if cell.short_since is None else cell.short_since

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from vram_agent.core.admission import (
     Earmarks,
@@ -43,6 +44,9 @@ from vram_agent.core.sinking import (
 )
 from vram_agent.protocol import ModelState
 
+HOST_CHECK_SECONDS: Final = 5.0
+"""How often a container with a memory limit is looked at while it holds weights."""
+
 
 def decide(pool: Pool, now: float) -> Decision:
     """Return the one step to take now, or none and the time to ask again. Pure.
@@ -51,8 +55,8 @@ def decide(pool: Pool, now: float) -> Decision:
     2. A command is fulfilled, or takes the model out of VRAM.
     3. The model that waits and had its turn longest ago is loaded, restored, or refused; others
        are evicted for it. One that must wait sets its bytes aside and lets the next one try.
-    4. Where more is held than the limits admit, unused models leave; so do GPU processes that
-       hold no model.
+    4. Where more is held than the limits admit, or the container is near its own, unused models
+       leave; so do GPU processes that hold no model.
     5. An unused model sinks to the tier that its residency names.
     6. A task runs, on the model of the group whose last task is longest ago.
     """
@@ -64,7 +68,7 @@ def decide(pool: Pool, now: float) -> Decision:
         _retire(pool),  # 1
         _obey(pool, now),  # 2
         _admit(pool, now, _Notes(wakes=wakes, short=short, held=held, waits=waits)),  # 3
-        _shrink(pool, now),  # 4
+        _shrink(pool, now, wakes),  # 4
         _sink(pool, now, wakes),  # 5
         _run(pool, held),  # 6
     )
@@ -111,7 +115,9 @@ def _admit(pool: Pool, now: float, notes: _Notes) -> Iterator[Step]:
     for model in sorted(waiting, key=lambda m: (m.resident_since, m.arrival, m.name)):
         if not pool.is_free(model):
             continue
-        if model.is_on_disk:
+        if model.not_before > now:
+            notes.wakes.append(model.not_before)
+        elif model.is_on_disk:
             yield from _load(pool, model)
         # A load ends the GPU process of the group: what is restored before it would be lost.
         elif not any(m.wants_vram and m.is_on_disk for m in pool.mates(model)):
@@ -139,7 +145,7 @@ def _load(pool: Pool, model: ModelFacts) -> Iterator[Step]:
     if expected > pool.host.budget_bytes:
         yield _refuse_for_good(model, _explain_host(pool, model, expected))
         return
-    if expected > pool.host.available_bytes(HOST):
+    if expected > pool.host_left_bytes:
         if any(m.residence.state is ModelState.OFFLOADING for m in pool.models):
             return
         yield from _unload_unused(pool, model.name)
@@ -279,16 +285,17 @@ def _unload_unused(pool: Pool, beneficiary: str = "") -> Iterator[Step]:
         and m.residence.state in MOVABLE
         and not any(is_in_gpu_process(mate) for mate in pool.mates(m))
     ]
+    is_budget = pool.host.available_bytes(HOST) <= pool.host_left_bytes
     for victim in sorted(unused, key=lambda m: (m.is_resident, m.priority, m.last_used_at, m.name)):
         yield Step(
             kind=StepKind.UNLOAD,
             model=victim.name,
-            reason=Reason.HOST_BUDGET,
+            reason=Reason.HOST_BUDGET if is_budget else Reason.HOST_PRESSURE,
             beneficiary=beneficiary,
         )
 
 
-def _shrink(pool: Pool, now: float) -> Iterator[Step]:
+def _shrink(pool: Pool, now: float, wakes: list[float]) -> Iterator[Step]:
     leaving = [m for m in pool.models if m.residence.state is ModelState.OFFLOADING]
     for device in pool.vram.capacity_bytes or ("",):
         shortage = Shortage(
@@ -314,7 +321,10 @@ def _shrink(pool: Pool, now: float) -> Iterator[Step]:
         if not any(is_in_gpu_process(m) or m.wants_vram for m in members):
             name = members[0].name
             yield Step(kind=StepKind.END_GPU, model=name, reason=Reason.UNUSED_PROCESS)
-    if pool.host.budget_left_bytes() < 0 and not leaving:
+    if pool.host_room_bytes is not None and pool.host.charges:
+        # Tasks take memory without a word; nothing but another look tells.
+        wakes.append(now + HOST_CHECK_SECONDS)
+    if pool.host_left_bytes < 0 and not leaving:
         yield from _unload_unused(pool)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from vram_agent.core.dirty import ClosedDevice
-from vram_agent.core.ledger import Ledger
+from vram_agent.core.ledger import HOST, Ledger
 from vram_agent.core.lifecycle import Residence
 from vram_agent.protocol import ModelState, OffloadTier, Residency, Tier
 
@@ -31,7 +31,9 @@ class Reason(StrEnum):
     OVER_BUDGET = "OverBudget"
     """More is held than the budget admits: it was lowered, or a model grew."""
     HOST_BUDGET = "HostBudget"
-    """Host memory is needed for another model's weights."""
+    """Host memory is needed for another model's weights, or its budget was lowered."""
+    HOST_PRESSURE = "HostPressure"
+    """The container is near its memory limit, whatever the budget says."""
     GROUP_CHANGED = "GroupChanged"
     """Another model of the group is to be loaded, which no live GPU process survives."""
     MOVED = "Moved"
@@ -138,6 +140,8 @@ class ModelFacts:
     """It has no template: leaving the GPU process means leaving altogether."""
     is_retiring: bool = False
     """The config changed it or took it away: it leaves as soon as no task runs on it."""
+    not_before: float = float("-inf")
+    """The kernel ended it for want of host memory: when it may be tried again."""
     short_since: float | None = None
     """Since when memory that no model of ours holds is missing for it."""
     out_of_vram_on: frozenset[str] = frozenset()
@@ -189,6 +193,9 @@ class Pool:
     host: Ledger
     free_bytes: Mapping[str, int] = field(default_factory=dict)
     """Measured on each device, less the headroom; a device that is not here is not judged by it."""
+    host_room_bytes: int | None = None
+    """What the container may still take before it is near its memory limit, negative when it is;
+    None where nothing limits it."""
     closed: Mapping[str, ClosedDevice] = field(default_factory=dict)
     """Devices where no GPU process may begin now, since others use them."""
 
@@ -208,6 +215,12 @@ class Pool:
         """Whether the model is charged on that device."""
         charge = self.vram.charges.get(model.name)
         return charge is not None and charge.device == device
+
+    @property
+    def host_left_bytes(self) -> int:
+        """What budget and container still admit in host memory."""
+        left = self.host.available_bytes(HOST)
+        return left if self.host_room_bytes is None else min(left, self.host_room_bytes)
 
     def held_bytes(self, model: ModelFacts) -> int:
         """What the model is charged."""

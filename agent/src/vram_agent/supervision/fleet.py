@@ -73,6 +73,10 @@ class GroupCell:
     is_moving: bool = False
     running: ModelCell | None = None
     is_orphaned: bool = False
+    death: str = ""
+    """How a process of it ended last, in words; empty once its models' states say so."""
+    is_starved: bool = False
+    """Its template was killed by the kernel, for want of host memory."""
     device: str = ""
     """Where its GPU process is, or is being made; empty while there is none."""
 
@@ -99,6 +103,8 @@ class ModelCell:
     failures: int = 0
     retry_at: float = 0.0
     restore_deaths: int = 0
+    starvations: int = 0
+    """How often the kernel ended it for want of host memory since a task of it went well."""
     last_used_at: float = 0.0
     last_used_wall: str | None = None
     resident_since: float = float("-inf")
@@ -137,6 +143,12 @@ class ModelCell:
         pause = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** min(self.failures, 10))
         self.failures += 1
         self.retry_at = now + pause
+
+    def note_starvation(self, message: str, now: float) -> None:
+        """As ``note_failure``; a restore in between does not make the pause short again."""
+        self.failures = max(self.failures, self.starvations)
+        self.starvations += 1
+        self.note_failure(message, now)
 
     def note_success(self) -> None:
         """Forget earlier failures."""

@@ -21,7 +21,7 @@ TURN_PER_RESTORE: Final = 4.0
 fairness never costs more than a fifth of the time."""
 
 
-def gather_pool(fleet: Fleet, backend: Backend) -> Pool:
+def gather_pool(fleet: Fleet, backend: Backend, host_room_bytes: int | None) -> Pool:
     """Return the facts of this moment."""
     is_admitting = any(
         (cell.queue or cell.commands) and not cell.group.is_busy and cell.vram_bytes == 0
@@ -33,6 +33,7 @@ def gather_pool(fleet: Fleet, backend: Backend) -> Pool:
         groups={name: _group_facts(group, is_admitting) for name, group in fleet.groups.items()},
         vram=fleet.vram,
         host=fleet.host,
+        host_room_bytes=host_room_bytes,
         free_bytes=_free_bytes(fleet, devices),
         closed=_closed_devices(fleet, devices),
     )
@@ -99,6 +100,7 @@ def _model_facts(fleet: Fleet, cell: ModelCell) -> ModelFacts:
         missing_device=index if fleet.devices and not fleet.device_by_index(index) else "",
         loads_on_device=cell.loads_on_device,
         is_retiring=cell.is_retiring,
+        not_before=cell.retry_at if cell.starvations else float("-inf"),
         short_since=cell.short_since,
         out_of_vram_on=frozenset(cell.out_of_vram_on),
     )

@@ -107,6 +107,38 @@ class NoSizes:
         """Forget it."""
 
 
+class HostMemory(Protocol):
+    """The container's memory as the kernel counts it. Reads small files; never raises."""
+
+    def limit_bytes(self) -> int | None:
+        """Return the limit; None where there is none."""
+        ...
+
+    def available_bytes(self) -> int | None:
+        """Return what may still be taken, reclaimable page cache included; None without a limit."""
+        ...
+
+    def oom_kills(self) -> int:
+        """Return how many processes the kernel has killed here for want of memory."""
+        ...
+
+
+class UnlimitedMemory:
+    """A container without a limit, or one whose limit is none of ours."""
+
+    def limit_bytes(self) -> int | None:
+        """Return None."""
+        return None
+
+    def available_bytes(self) -> int | None:
+        """Return None."""
+        return None
+
+    def oom_kills(self) -> int:
+        """Return 0."""
+        return 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """Everything that the supervisor does not own."""
@@ -115,6 +147,7 @@ class Surroundings:
     observer: TransitionObserver
     journal: ActionJournal
     sizes: SizeStore = field(default_factory=NoSizes)
+    host: HostMemory = field(default_factory=UnlimitedMemory)
     pod: PodIdentity = field(default_factory=PodIdentity)
     version: str = ""
     mode: AgentMode = AgentMode.SERVE

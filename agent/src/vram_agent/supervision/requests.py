@@ -79,6 +79,7 @@ class Requests:
         cell.last_used_wall = format_time(self._clock.now())
         cell.keep_alive_seconds = waiting.keep_alive_seconds
         if outcome.error is None:
+            cell.starvations = 0
             mean = outcome.seconds if cell.task_seconds is None else cell.task_seconds
             cell.task_seconds = mean + _WEIGHT_OF_LAST * (outcome.seconds - mean)
         self._answer(waiting, outcome.result, outcome.error)

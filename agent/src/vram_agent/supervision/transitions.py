@@ -7,6 +7,7 @@ at work. Called by the supervisor on its loop. It awaits nothing and decides not
 
 from __future__ import annotations
 
+import signal
 from typing import Final
 
 import structlog
@@ -20,6 +21,7 @@ from vram_agent.protocol import ModelState, Tier, Transition
 from vram_agent.supervision.effects import Outcome
 from vram_agent.supervision.fleet import Fleet, GroupCell, ModelCell
 from vram_agent.supervision.gathering import declared_bytes
+from vram_agent.supervision.host import HostGauge
 from vram_agent.supervision.ports import Surroundings, format_time
 
 MAX_RESTORE_DEATHS: Final = 3
@@ -33,8 +35,9 @@ _log = structlog.get_logger("vram_agent.transition")
 class Transitions:
     """Begins and settles transitions; the only writer of residences and ledgers."""
 
-    def __init__(self, fleet: Fleet, surroundings: Surroundings) -> None:
+    def __init__(self, fleet: Fleet, surroundings: Surroundings, host: HostGauge) -> None:
         self._fleet = fleet
+        self._host = host
         self._clock = surroundings.clock
         self._observer = surroundings.observer
         self._origins: dict[str, Residence] = {}
@@ -65,6 +68,7 @@ class Transitions:
         step = outcome.step
         cell = self._fleet.models[step.model]
         cell.group.is_moving = False
+        self._host.forget()
         verdict: AgentError | None = None
         match step.kind:
             case StepKind.LOAD:
@@ -101,11 +105,15 @@ class Transitions:
         if backend is None:
             return
         is_template = exit_.role == "template"
+        is_starved = exit_.signal == signal.SIGKILL and self._host.is_starved()
         if is_template:
             group.is_orphaned = backend.template_pid in (None, exit_.pid)
+            group.is_starved = group.is_orphaned and is_starved
+        group.death = self._explain_death(exit_, is_starved=is_starved)
+        reason = f"{exit_.role.title()}{'OutOfMemory' if is_starved else 'Died'}"
         for cell in self._fleet.members(group):
             if is_template or cell.residence.tier in _IN_GPU_PROCESS:
-                self._observer.observe_worker_restart(cell.name, f"{exit_.role.title()}Died")
+                self._observer.observe_worker_restart(cell.name, reason)
         _log.warning(
             "process died",
             group=group.name,
@@ -113,6 +121,7 @@ class Transitions:
             pid=exit_.pid,
             exit_code=exit_.exit_code,
             signal=exit_.signal,
+            out_of_memory=is_starved,
         )
         if not group.is_moving:
             self.sync(group, Reason.WORKER_DIED, dead_pid=exit_.pid)
@@ -132,11 +141,13 @@ class Transitions:
             )
             if is_lost and cell.residence.tier in _IN_GPU_PROCESS:
                 event = Event.ALL_LOST if cell.loads_on_device else Event.GPU_LOST
-                self._commit(cell, event, (reason, kind, 0.0))
+                self._commit(cell, event, (reason, kind, 0.0), group.death)
             if group.is_orphaned and gpu_pid is None and cell.residence.tier is not Tier.DISK:
-                self._commit(cell, Event.ALL_LOST, (reason, kind, 0.0))
-        if group.is_orphaned and gpu_pid is None:
-            group.is_orphaned = False
+                self._lose_all(cell, (reason, kind, 0.0))
+        if gpu_pid is None:
+            group.is_orphaned = group.is_starved = False
+        if not group.is_orphaned:
+            group.death = ""
         if gpu_pid is None and not group.is_moving:
             group.device = ""
 
@@ -145,6 +156,25 @@ class Transitions:
         cell.note_success()
         if cell.residence == Residence(ModelState.FAILED, Tier.DISK):
             self._commit(cell, Event.RESET, (reason, "reset", 0.0))
+
+    def _lose_all(self, cell: ModelCell, note: tuple[Reason, str, float]) -> None:
+        """The template is gone. Killed for want of memory, it is not made anew for a while."""
+        death = cell.group.death
+        if cell.group.is_starved:
+            cell.note_starvation(death, self._clock.monotonic())
+            self._commit(cell, Event.STARVED, note, ModelFailedError(death))
+        else:
+            self._commit(cell, Event.ALL_LOST, note, death)
+
+    def _explain_death(self, exit_: ProcessExit, *, is_starved: bool) -> str:
+        name = "template" if exit_.role == "template" else "GPU process"
+        if is_starved:
+            return (
+                f"its {name} was killed by the kernel: the container is out of memory (limit "
+                f"{self._host.limit_bytes} bytes); give it more, or lower hostMemory.budget"
+            )
+        how = f"by signal {exit_.signal}" if exit_.signal else f"with exit code {exit_.exit_code}"
+        return f"its {name} ended {how}"
 
     def _begin_leaving(self, step: Step, cell: ModelCell) -> None:
         leaving = [

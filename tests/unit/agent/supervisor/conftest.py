@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -61,22 +62,39 @@ class MemoryJournal:
         self.action = action
 
 
+@dataclass
+class ScriptedMemory:
+    """A container whose figures a test sets; by default it has no limit."""
+
+    limit: int | None = None
+    used: int = 0
+    kills: int = 0
+
+    def limit_bytes(self) -> int | None:
+        return self.limit
+
+    def available_bytes(self) -> int | None:
+        return None if self.limit is None else max(0, self.limit - self.used)
+
+    def oom_kills(self) -> int:
+        return self.kills
+
+
 class Rig:
     """A supervisor, its fake backend and what it observed."""
 
-    def __init__(
-        self, config: AgentConfig, journal: MemoryJournal, sizes: SizeStore, backend: FakeBackend
-    ) -> None:
+    def __init__(self, config: AgentConfig, given: MakeRig, backend: FakeBackend) -> None:
         self.backend = backend
         self.observer = RecordingObserver()
-        self.journal = journal
+        self.journal = given.journal
         self.supervisor = Supervisor(
             config,
             Surroundings(
                 clock=LoopClock(START),
                 observer=self.observer,
-                journal=journal,
-                sizes=sizes,
+                journal=given.journal,
+                sizes=given.sizes,
+                host=given.host,
                 pod=PodIdentity(namespace="ns", name="pod", uid="uid"),
                 version="test",
             ),
@@ -116,11 +134,12 @@ class MakeRig:
         self.rigs: list[Rig] = []
         self.journal = MemoryJournal()
         self.sizes: SizeStore = NoSizes()
+        self.host = ScriptedMemory()
         self.backend: FakeBackend | None = None
 
     def __call__(self, *specs: ModelSpec, attach: bool = True, **config: Any) -> Rig:
         backend = self.backend or FakeBackend()
-        rig = Rig(AgentConfig(models=list(specs), **config), self.journal, self.sizes, backend)
+        rig = Rig(AgentConfig(models=list(specs), **config), self, backend)
         self.rigs.append(rig)
         if attach:
             rig.attach()

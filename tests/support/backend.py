@@ -262,6 +262,7 @@ class FakeBackend:
         self.kind = DeviceKind.CPU
         self.foreign_bytes = 0
         self.baselines: dict[int, int] = {}
+        self.later_bytes: dict[int, int] = {}
         self.peak_bytes = 0
         self.source = ResidualSource.PROCESS
 
@@ -270,7 +271,10 @@ class FakeBackend:
         return self.groups[group]
 
     def devices(self) -> list[DeviceReport]:
-        used = [self.foreign_bytes + self.baselines.get(n, 0) for n in range(len(self.totals))]
+        used = [
+            self.foreign_bytes + self.baselines.get(n, 0) + self.later_bytes.get(n, 0)
+            for n in range(len(self.totals))
+        ]
         for group in self.groups.values():
             used[group.device] += group.memory().device_bytes or 0
         return [

@@ -79,6 +79,7 @@ class NoRoom:
 
 
 Admission = Fits | Evict | EndIdleProcess | Wait | TooLarge | NoRoom
+_LONG_WAIT: Final = 4
 _COSTS: Final = {Fits: 0, EndIdleProcess: 3, NoRoom: 6, TooLarge: 7}
 """See ``_cost``, which places Evict and the kinds of Wait between them."""
 
@@ -136,7 +137,7 @@ def decide_admission(pool: Pool, model: ModelFacts, earmarks: Earmarks, now: flo
         return min(verdicts, key=lambda admission: _cost(pool, admission))
 
     admission = judge(rank_devices(pool, model))
-    if isinstance(admission, Wait | NoRoom) and _can_change_device(pool, model):
+    if _cost(pool, admission)[0] >= _LONG_WAIT and _can_change_device(pool, model):
         elsewhere = judge(pool.vram.capacity_bytes)
         if isinstance(elsewhere, Fits):
             return EndIdleProcess(device=elsewhere.device, group=model.group)
@@ -234,7 +235,7 @@ def _cost(pool: Pool, admission: Admission) -> tuple[int, tuple[tuple[bool, int]
             return 2, tuple(sorted(dear, reverse=True))
         case Wait(held=held, until=until, is_short=is_short):
             is_leaving = not held and until is None
-            return (1 if is_leaving else 5 if is_short else 4), ()
+            return (1 if is_leaving else _LONG_WAIT + is_short), ()
         case _:
             return _COSTS[type(admission)], ()
 

@@ -255,9 +255,9 @@ class Fleet:
 
     def device_index(self, cell: ModelCell) -> str:
         """Return the index that the model, or another one of its group, asks for; else empty."""
-        return cell.spec.device or next(
-            (mate.spec.device for mate in self.members(cell.group) if mate.spec.device), ""
-        )
+        if cell.spec.device or not cell.spec.group:
+            return cell.spec.device
+        return next((m.spec.device for m in self.members(cell.group) if m.spec.device), "")
 
     def device_by_index(self, index: str) -> str:
         """Return the UUID of a device of the pod; empty where there is none of that index."""

@@ -125,6 +125,15 @@ def admit(facts: Pool) -> Admission:
             id="its own idle GPU process ends where another device has room at once",
         ),
         pytest.param(
+            [
+                pinned("x", queued=1, needed_bytes=4 * GIB),
+                model("b", LEAVING, needed_bytes=5 * GIB),
+            ],
+            {"at": {"x": "B", "b": "B"}, "groups": {"b": GroupFacts(is_busy=True, device="B")}},
+            Wait(device="B"),
+            id="but not where its own device is being left already",
+        ),
+        pytest.param(
             [pinned("x", queued=1, needed_bytes=4 * GIB, device="B"), held("busy", 5, leases=1)],
             {"at": {"x": "B", "busy": "B"}},
             Wait(device="B", held=("busy",)),

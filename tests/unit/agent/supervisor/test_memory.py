@@ -14,6 +14,7 @@ from vram_agent.protocol import (
     LoadPolicy,
     OffloadTier,
     Residency,
+    ResidualSource,
     VramPolicy,
 )
 
@@ -23,6 +24,7 @@ from tests.unit.agent.supervisor.conftest import MakeRig, spec
 pytestmark = pytest.mark.looptime
 
 KEEP = Residency(after_task=AfterTask.KEEP, idle_timeout_seconds=0)
+LET_GO = Residency(after_task=AfterTask.OFFLOAD, idle_timeout_seconds=0)
 ONE_AT_A_TIME = VramPolicy(budget="1Gi", headroom="0")
 
 
@@ -110,24 +112,60 @@ async def test_the_budget_binds_on_the_larger_of_declared_and_measured_bytes(
     assert rig.observer.evictions == [("declared", "Evicted")]
 
 
+@pytest.mark.parametrize("residency", [KEEP, LET_GO])
 @pytest.mark.parametrize(
     ("keep", "after", "later"),
     [
         pytest.param(0, "Offloaded/PinnedHost", "Offloaded/PinnedHost", id="zero offloads at once"),
         pytest.param(-1, "Resident/VRAM", "Resident/VRAM", id="minus one keeps"),
         pytest.param(5, "Resident/VRAM", "Offloaded/PinnedHost", id="five keeps for five seconds"),
-        pytest.param(None, "Resident/VRAM", "Resident/VRAM", id="none leaves it to the spec"),
     ],
 )
-async def test_keep_alive_overrides_after_task(
-    make_rig: MakeRig, keep: float | None, after: str, later: str
+async def test_keep_alive_overrides_after_task_whatever_that_says(
+    make_rig: MakeRig, residency: Residency, keep: float, after: str, later: str
 ) -> None:
-    rig = make_rig(spec("a", residency=KEEP))
+    rig = make_rig(spec("a", residency=residency))
     await rig.ask("a", keep=keep)
-    await rig.settle(1)
+    await rig.settle(4.9)
     assert rig.state("a") == after
-    await rig.settle(10)
+    await rig.settle(0.2)
     assert rig.state("a") == later
+    await rig.settle(100)
+    assert rig.state("a") == later
+
+
+async def test_each_request_decides_anew_and_one_that_says_nothing_leaves_it_to_the_spec(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a", residency=LET_GO), spec("b", residency=KEEP))
+    await rig.ask("a", keep=5)
+    await rig.settle(4)
+    await rig.ask("a", keep=5)
+    await rig.settle(4)
+    assert rig.state("a") == "Resident/VRAM"
+    await rig.ask("a")
+    await rig.settle(0.1)
+    assert rig.state("a") == "Offloaded/PinnedHost"
+    await rig.ask("b", keep=0)
+    await rig.settle(0.1)
+    assert rig.state("b") == "Offloaded/PinnedHost"
+    await rig.ask("b")
+    await rig.settle(100)
+    assert rig.state("b") == "Resident/VRAM"
+
+
+async def test_a_model_that_is_kept_alive_is_evicted_all_the_same_and_sinks_when_idle(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a", stay={"idle_timeout_seconds": 60}), spec("b"), vram=ONE_AT_A_TIME)
+    await rig.ask("a", keep=-1)
+    await rig.ask("b")
+    assert rig.observer.evictions == [("a", "Evicted")]
+    await rig.ask("a", keep=-1)
+    await rig.settle(59)
+    assert rig.state("a") == "Resident/VRAM"
+    await rig.settle(2)
+    assert rig.state("a") == "Offloaded/Host"
 
 
 async def test_an_idle_model_sinks_to_its_idle_tier_and_comes_back(make_rig: MakeRig) -> None:
@@ -457,6 +495,43 @@ async def test_scrub_waits_for_the_task_and_leaves_the_model_resident(make_rig: 
     assert task.done()
     assert rig.backend.count("scrub") == 1
     assert report.models[0].state == "Resident"
+
+
+@pytest.mark.parametrize(
+    ("source", "used", "other_processes"),
+    [
+        pytest.param(
+            ResidualSource.EXCLUSIVE,
+            GIB + 2 * CONTEXT_BYTES + 5 * GIB,
+            5 * GIB,
+            id="Exclusive counts all that came into use on the pod's devices",
+        ),
+        pytest.param(
+            ResidualSource.SELF,
+            GIB + 2 * CONTEXT_BYTES,
+            0,
+            id="Self counts our own processes and nobody else on the device",
+        ),
+    ],
+)
+async def test_over_several_devices_the_source_says_what_counts(
+    make_rig: MakeRig, source: ResidualSource, used: int, other_processes: int
+) -> None:
+    make_rig.backend = FakeBackend(total_bytes=20 * GIB, devices=2)
+    make_rig.backend.source = source
+    make_rig.backend.baselines = {0: GIB, 1: 2 * GIB}
+    rig = make_rig(spec("a", device="0", residency=KEEP), spec("b", device="1"))
+    await asyncio.gather(rig.ask("a"), rig.ask("b"))
+    await rig.settle(1)
+    # Strangers come to one device after us: 5 GiB.
+    make_rig.backend.later_bytes = {1: 5 * GIB}
+    report = rig.supervisor.report()
+    memory = report.memory
+    assert (memory.source, memory.used_bytes, memory.model_bytes) == (source, used, GIB)
+    assert memory.classes.other_processes == other_processes
+    assert memory.residual_bytes == used - GIB
+    assert [device.baseline_bytes for device in report.devices] == [GIB, 2 * GIB]
+    assert [device.exclusive for device in report.devices] == [source != "Self"] * 2
 
 
 async def test_an_offload_says_what_its_scrub_gave_back(

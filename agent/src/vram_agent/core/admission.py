@@ -128,8 +128,10 @@ def decide_admission(pool: Pool, model: ModelFacts, earmarks: Earmarks, now: flo
     Every device that it may go to is judged by itself; what costs least wins. Nothing to do comes
     before memory that is on its way back, that before an eviction, that before a longer wait, and
     a wait before a refusal. Of two evictions the one whose dearest victim matters less, then the
-    one with fewer victims; else the order of ``rank_devices``. A GPU process that would keep its
-    model waiting is ended where the model fits on another device right away.
+    one with fewer victims; else the order of ``rank_devices``.
+
+    A GPU process that would keep its model waiting is ended where the model fits on another device
+    right away; and one whose device can never hold the model, as soon as its other models let go.
     """
 
     def judge(devices: Iterable[str]) -> Admission:
@@ -137,6 +139,8 @@ def decide_admission(pool: Pool, model: ModelFacts, earmarks: Earmarks, now: flo
         return min(verdicts, key=lambda admission: _cost(pool, admission))
 
     admission = judge(rank_devices(pool, model))
+    if isinstance(admission, TooLarge) and model.needed_bytes <= largest_limit_bytes(pool, model):
+        return _leave_device(pool, model, now)
     if _cost(pool, admission)[0] >= _LONG_WAIT and _can_change_device(pool, model):
         elsewhere = judge(pool.vram.capacity_bytes)
         if isinstance(elsewhere, Fits):
@@ -200,6 +204,12 @@ def admit_on(  # noqa: PLR0911 - one return for each branch of the docstring
         if not idle.wants_vram and _device_of(pool, idle) == device:
             return Evict(device=device, victims=(idle.name,))
     return _admit_among_strangers(pool, model, shortage, (device, now))
+
+
+def largest_limit_bytes(pool: Pool, model: ModelFacts) -> int:
+    """Return the most that the model could hold on any device that its config allows."""
+    devices = [model.device] if model.device else pool.vram.capacity_bytes or [""]
+    return max(map(pool.vram.limit_bytes, devices))
 
 
 def rank_devices(pool: Pool, model: ModelFacts) -> list[str]:
@@ -327,6 +337,17 @@ def _can_change_device(pool: Pool, model: ModelFacts) -> bool:
     )
 
 
+def _leave_device(pool: Pool, model: ModelFacts, now: float) -> Admission:
+    device = pool.groups[model.group].device
+    residents = [mate for mate in pool.mates(model) if mate.is_resident]
+    if not residents:
+        return EndIdleProcess(device=device, group=model.group)
+    free = tuple(mate.name for mate in residents if is_evictable(pool, mate, now))
+    if free:
+        return Evict(device=device, victims=free)
+    return Wait(device=device, held=tuple(mate.name for mate in residents))
+
+
 def _device_of(pool: Pool, model: ModelFacts) -> str:
     charge = pool.vram.charges.get(model.name)
     return model.device if charge is None else charge.device
@@ -356,7 +377,8 @@ def _admit_among_strangers(
             and not any(m.wants_vram for m in members)
         ):
             return EndIdleProcess(device=device, group=name)
-    if not shortage.is_foreign or any(g.is_busy for g in pool.groups.values()):
+    is_busy = any(g.is_busy and g.device in ("", device) for g in pool.groups.values())
+    if not shortage.is_foreign or is_busy:
         return Wait(device=device, until=now + SETTLE_CHECK_SECONDS)
     since = now if model.short_since is None else model.short_since
     if now - since < SETTLE_SECONDS:

@@ -23,6 +23,7 @@ from vram_agent.core.admission import (
     choose_victims,
     decide_admission,
     is_evictable,
+    largest_limit_bytes,
     rank_candidates,
     rank_devices,
 )
@@ -222,7 +223,7 @@ def _find_lasting_fault(pool: Pool, model: ModelFacts) -> str:
             f"model {model.name} asks for device {model.missing_device}; this pod has "
             f"{len(pool.vram.capacity_bytes)}, numbered from 0"
         )
-    limit = max(map(pool.vram.limit_bytes, rank_devices(pool, model)))
+    limit = largest_limit_bytes(pool, model)
     if model.needed_bytes > limit:
         return (
             f"model {model.name} needs {model.needed_bytes} bytes of VRAM, more than the "

@@ -68,17 +68,18 @@ def pool(
             )
     known = dict(groups or {})
     for m in facts:
-        in_process = any(
-            mate.group == m.group and mate.residence.tier in ("VRAM", "PinnedHost")
+        in_process = [
+            mate.name
             for mate in facts
-        )
+            if mate.group == m.group and mate.residence.tier in ("VRAM", "PinnedHost")
+        ]
         busy = any(mate.group == m.group and mate.leases for mate in facts)
         known.setdefault(
             m.group,
             GroupFacts(
                 is_busy=busy,
-                has_gpu_process=in_process,
-                device=where[m.name] if in_process else "",
+                has_gpu_process=bool(in_process),
+                device=where[in_process[0]] if in_process else "",
             ),
         )
     return Pool(

@@ -19,9 +19,9 @@ from vram_agent.core.admission import (
     decide_admission,
 )
 from vram_agent.core.ledger import UNLIMITED_BYTES
-from vram_agent.core.lifecycle import Residence
+from vram_agent.core.lifecycle import HOSTED, PINNED, RESIDENT, Residence
 from vram_agent.core.policy import decide
-from vram_agent.core.pool import GroupFacts, ModelFacts, Pool
+from vram_agent.core.pool import GroupFacts, ModelFacts, Pool, Step
 from vram_agent.protocol import ModelState, Tier
 
 from tests.unit.agent.core.facts import GIB, NOW, hosted, model, pinned, pool, resident
@@ -140,6 +140,24 @@ def admit(facts: Pool) -> Admission:
             id="but not where its config binds it",
         ),
         pytest.param(
+            [pinned("x", queued=1, needed_bytes=8 * GIB, group="g"), held("a", 9)],
+            {"at": {"x": "B", "a": "A"}},
+            EndIdleProcess(device="B", group="g"),
+            id="a device that can never hold it is left, even for one without room yet",
+        ),
+        pytest.param(
+            [x(8, group="g"), held("mate", 1, group="g")],
+            {"at": {"mate": "B"}},
+            Evict(device="B", victims=("mate",)),
+            id="models of its group leave with it",
+        ),
+        pytest.param(
+            [x(8, group="g"), held("mate", 1, group="g", queued=1, resident_since=NOW)],
+            {"at": {"mate": "B"}},
+            Wait(device="B", held=("mate",)),
+            id="once their turn is over",
+        ),
+        pytest.param(
             [x(5, device="B"), pinned("idle")],
             {
                 "groups": {"idle": GroupFacts(has_gpu_process=True, device_bytes=1, device="A")},
@@ -171,6 +189,17 @@ def test_the_budget_binds_over_all_devices() -> None:
     facts = pool([x(), held("a", 5)], devices=TWO, budget=8 * GIB)
     # Both have room, A with 5 GiB left the less; what is missing is in the budget.
     assert admit(facts) == Evict(device="A", victims=("a",))
+
+
+def test_what_fits_on_a_larger_device_than_its_groups_is_not_refused_before_its_load() -> None:
+    facts = pool(
+        [model("x", queued=1, needed_bytes=8 * GIB, group="g"), held("mate", 1, group="g")],
+        devices=TWO,
+        at={"mate": "B"},
+    )
+    step = decide(facts, NOW).step
+    assert step is not None
+    assert (step.kind, step.reason) == ("end_gpu", "GroupChanged")
 
 
 def test_an_index_that_no_device_has_is_refused_for_good() -> None:
@@ -260,3 +289,63 @@ def test_evicting_once_is_enough(rows: Any, sizes: dict[str, int], need: int, bu
         for m in facts.models
     )
     assert isinstance(admit(replace(facts, models=after, vram=vram)), Fits)
+
+
+def carry_out(facts: Pool, step: Step) -> Pool:
+    """What is so once a step has been taken to its end."""
+    target = facts.model(step.model)
+    models = {m.name: m for m in facts.models}
+    groups, vram = dict(facts.groups), facts.vram
+    group = groups[target.group]
+    match step.kind:
+        case "run" | "refuse":
+            models[target.name] = replace(target, queued=0, short_since=None)
+        case "restore":
+            vram = vram.reserve(target.name, step.device, target.needed_bytes)
+            vram = vram.commit(target.name, target.needed_bytes, 0)
+            models[target.name] = replace(target, residence=RESIDENT, resident_since=NOW)
+            assert group.device in ("", step.device)
+            groups[target.group] = replace(group, has_gpu_process=True, device=step.device)
+        case "offload":
+            vram = vram.release(target.name)
+            models[target.name] = replace(target, residence=PINNED)
+        case "end_gpu":
+            for member in facts.models:
+                if member.group == target.group:
+                    vram = vram.release(member.name)
+                    models[member.name] = replace(member, residence=HOSTED)
+            groups[target.group] = GroupFacts()
+        case _:
+            pytest.fail(f"no {step.kind} was expected")
+    return replace(facts, models=tuple(models.values()), groups=groups, vram=vram)
+
+
+@given(rows, capacities, st.integers(1, 14), st.integers(0, 20), st.sampled_from(["", *"ABC"]))
+def test_whatever_holds_the_devices_a_waiting_model_is_served_or_refused_and_then_all_rest(
+    rows: Any, sizes: dict[str, int], need: int, budget: int, pinned_on: str
+) -> None:
+    facts = build([(*row[:3], False, False) for row in rows], sizes, need, budget)
+    if pinned_on:
+        process = GroupFacts(has_gpu_process=True, device=pinned_on)
+        x_pinned = replace(facts.model("x"), residence=PINNED)
+        facts = replace(
+            facts,
+            models=(x_pinned, *facts.models[1:]),
+            groups={**facts.groups, "x": process},
+        )
+    kinds = []
+    for _ in range(30):
+        step = decide(facts, NOW).step
+        if step is None:
+            break
+        kinds.append(step.kind.value)
+        facts = carry_out(facts, step)
+        for name, gib in sizes.items():
+            assert facts.vram.charged_on(name) <= gib * GIB
+    else:
+        pytest.fail(f"it does not come to rest: {kinds}")
+    could_fit = need <= max(sizes.values()) and (not budget or need <= budget)
+    assert kinds.count("run") == int(could_fit)
+    assert kinds.count("refuse") == int(not could_fit)
+    assert not budget or facts.vram.charged_bytes <= budget * GIB
+    assert decide(facts, NOW).step is None

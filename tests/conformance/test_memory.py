@@ -117,6 +117,9 @@ async def test_a_request_and_an_offload_leave_the_process_at_its_baseline(
         moved = await group.offload("m")
         seconds["offload"].append(moved.seconds)
         assert moved.message == ""
+        assert moved.scrubbed is not None
+        assert moved.scrubbed.after_bytes == pytest.approx(held_bytes(), abs=SLACK_BYTES)
+        assert moved.scrubbed.before_bytes < baseline_bytes + 0.5 * weight_bytes
         assert abs(held_bytes() - baseline_bytes) < SLACK_BYTES
     await group.end_gpu()
     assert group.memory().device_bytes == 0

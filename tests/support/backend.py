@@ -44,6 +44,8 @@ class Script:
     )
     weights: dict[str, int] = field(default_factory=dict)
     vram: dict[str, int] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
+    scrubbed: Scrubbed = field(default_factory=lambda: Scrubbed(before_bytes=2, after_bytes=1))
 
     def fail(self, call: str, model: str, *errors: Exception) -> None:
         self.failures[(call, model)].extend(errors)
@@ -84,15 +86,21 @@ class FakeGroup:
         async with self._transition("load", spec.name):
             weights = self.backend.script.weights.get(spec.name, GIB)
             self.template_pid = self.template_pid or next(self.backend.pids)
-            self.device = int(spec.device or 0)
             self.loaded[spec.name] = LoadedModel(
-                name=spec.name, weight_bytes=weights, tasks=frozenset({TaskKind.INFER})
+                name=spec.name,
+                weight_bytes=weights,
+                tasks=frozenset({TaskKind.INFER}),
+                message=self.backend.script.messages.get(spec.name, ""),
             )
             return self.loaded[spec.name]
 
-    async def restore(self, name: str) -> Moved:
+    async def restore(self, name: str, device: str = "") -> Moved:
         if name not in self.loaded:
             raise ContractError(f"restore of {name}, which is not loaded")
+        index = int(device.rpartition("-")[2] or 0)
+        if self.gpu_pid is not None and index != self.device:
+            raise ContractError(f"restore of {name} to another device than its GPU process's")
+        self.device = index
         async with self._transition("restore", name):
             self.gpu_pid = self.gpu_pid or next(self.backend.pids)
             vram = self.backend.script.vram.get(name, self.loaded[name].weight_bytes)
@@ -107,7 +115,7 @@ class FakeGroup:
         async with self._transition("offload", name):
             self.resident.pop(name, None)
             self.pinned.add(name)
-            return Moved(vram_bytes=0, seconds=0.1)
+            return Moved(vram_bytes=0, seconds=0.1, scrubbed=self.backend.script.scrubbed)
 
     async def run(self, name: str, task: Task) -> TaskResult:
         if not self.is_resident(name):
@@ -153,7 +161,7 @@ class FakeGroup:
 
     async def scrub(self) -> Scrubbed:
         async with self._transition("scrub", self.group):
-            return Scrubbed(before_bytes=2, after_bytes=1)
+            return self.backend.script.scrubbed
 
     async def close(self) -> None:
         self._die()
@@ -250,9 +258,11 @@ class FakeBackend:
         self.groups: dict[str, FakeGroup] = {}
         self.calls: list[tuple[str, str]] = []
         self.pids = itertools.count(1000)
-        self.total_bytes = total_bytes
-        self.device_count = devices
+        self.totals = [total_bytes] * devices
+        self.kind = DeviceKind.CPU
         self.foreign_bytes = 0
+        self.baselines: dict[int, int] = {}
+        self.later_bytes: dict[int, int] = {}
         self.peak_bytes = 0
         self.source = ResidualSource.PROCESS
 
@@ -261,26 +271,30 @@ class FakeBackend:
         return self.groups[group]
 
     def devices(self) -> list[DeviceReport]:
-        used = [self.foreign_bytes] * self.device_count
+        used = [
+            self.foreign_bytes + self.baselines.get(n, 0) + self.later_bytes.get(n, 0)
+            for n in range(len(self.totals))
+        ]
         for group in self.groups.values():
             used[group.device] += group.memory().device_bytes or 0
         return [
             DeviceReport(
                 uuid=f"FAKE-{index}",
                 index=index,
-                kind=DeviceKind.CPU,
-                total_bytes=self.total_bytes,
+                kind=self.kind,
+                total_bytes=total_bytes,
                 used_bytes=used[index],
-                exclusive=True,
+                exclusive=self.source is not ResidualSource.SELF,
+                baseline_bytes=self.baselines.get(index, 0),
             )
-            for index in range(self.device_count)
+            for index, total_bytes in enumerate(self.totals)
         ]
 
     def residual_source(self) -> ResidualSource:
         return self.source
 
     def device_baseline_bytes(self) -> int:
-        return 0
+        return sum(self.baselines.values())
 
     def record(self, call: str, model: str) -> None:
         self.calls.append((call, model))

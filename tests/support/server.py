@@ -175,6 +175,8 @@ class FakeModelServer:
                     total_bytes=80_000,
                     used_bytes=5_000,
                     exclusive=True,
+                    baseline_bytes=200,
+                    dirty=True,
                 )
             ],
             memory=MemoryReport(

@@ -83,20 +83,28 @@ class LoadedModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moved:
-    """A transition's measured effect. ``vram_bytes`` = what the model holds in VRAM afterwards."""
-
-    vram_bytes: int
-    seconds: float
-    message: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Scrubbed:
     """What collecting garbage and emptying caches gave back, in bytes of device memory."""
 
     before_bytes: int
     after_bytes: int
+
+    @property
+    def reclaimed_bytes(self) -> int:
+        """What came back; 0 where other threads took more meanwhile."""
+        return max(0, self.before_bytes - self.after_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """A transition's measured effect. ``vram_bytes`` = what the model holds in VRAM afterwards;
+    ``scrubbed``: of an offload, what the scrub after it gave back beyond the weights.
+    """
+
+    vram_bytes: int
+    seconds: float
+    message: str = ""
+    scrubbed: Scrubbed | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,9 +165,10 @@ class GroupBackend(Protocol):
         """
         ...
 
-    async def restore(self, name: str) -> Moved:
+    async def restore(self, name: str, device: str = "") -> Moved:
         """Bring a loaded model into VRAM, forking the GPU process if there is none. Idempotent.
 
+        ``device``: UUID of the device that a new GPU process uses; empty: as the model's spec says.
         Raises ModelFailedError, NoVramError (the device is out of memory) or WorkerDiedError;
         the model is not resident then and holds no VRAM.
         """

@@ -132,11 +132,12 @@ def with_overrides(
 def find_faults(config: AgentConfig) -> list[str]:
     """Return what the types alone cannot say, one line for each fault; empty where all is well.
 
-    1. Two models of one name. 2. Host tier without a template. 3. Listen addresses. 4. Quantities
-    that must say something.
+    1. Two models of one name. 2. Host tier without a template. 3. Models of one group on two
+    devices. 4. Listen addresses. 5. Quantities that must say something.
     """
     faults: list[str] = []
     seen: dict[str, int] = {}
+    devices: dict[str, int] = {}
     for index, spec in enumerate(config.models):
         # 1
         if spec.name in seen:
@@ -147,12 +148,20 @@ def find_faults(config: AgentConfig) -> list[str]:
         seen.setdefault(spec.name, index)
         # 2
         faults += _find_tier_faults(spec, f"models[{index}]")
-    # 3
+        # 3
+        if spec.group and spec.device:
+            first = config.models[devices.setdefault(spec.group, index)]
+            if first.device != spec.device:
+                faults.append(
+                    f"models[{index}].device: {spec.device}, but {first.name} of the same group "
+                    f"{spec.group} is on {first.device}; a group has one GPU process on one device"
+                )
+    # 4
     for name in ("serving", "control"):
         fault = _find_address_fault(getattr(config.listen, name))
         if fault:
             faults.append(f"listen.{name}: {fault}")
-    # 4
+    # 5
     if not config.limits.request_bytes:
         faults.append("limits.requestBytes: empty; write for example 64Mi")
     return faults
@@ -214,6 +223,9 @@ def _find_type_faults(value: Any, kind: Any, path: str) -> Iterator[str]:
 def _walk(value: Any, info: msgspec.inspect.Type, kind: Any, path: str) -> Iterator[str]:
     if isinstance(info, msgspec.inspect.Metadata):
         inner = info.type
+        if isinstance(inner, msgspec.inspect.UnionType) and value is not None:
+            # X | None, the only kind of union there is: what is said is an X.
+            inner = next(t for t in inner.types if not isinstance(t, msgspec.inspect.NoneType))
         if isinstance(inner, msgspec.inspect.StructType | msgspec.inspect.ListType):
             info = inner
     # 1

@@ -83,6 +83,11 @@ class AgentMetrics:
         self._worker_restarts = self._counter(
             "worker_restarts", "Processes of a model's group started anew.", ("model", "reason")
         )
+        self._scrub_reclaimed_bytes = self._counter(
+            "scrub_reclaimed_bytes",
+            "Device memory that scrubs of GPU processes gave back, beyond models' weights.",
+            (),
+        )
         self._registry.register(_Gauges(self._collect_gauges))
 
     @property
@@ -110,6 +115,10 @@ class AgentMetrics:
     def observe_worker_restart(self, model: str, reason: str) -> None:
         """Count a process of the model's group started anew, with the documented reason."""
         self._worker_restarts.labels(model, reason).inc()
+
+    def observe_scrub(self, reclaimed_bytes: int) -> None:
+        """Count what a scrub of a GPU process gave back."""
+        self._scrub_reclaimed_bytes.inc(reclaimed_bytes)
 
     def observe_request(self, model: str, api: str, code: int, seconds: float) -> None:
         """Count an answered request; ``model`` is UNKNOWN_MODEL unless the config has it."""
@@ -151,6 +160,18 @@ def gauges_of(report: Report) -> Iterator[Metric]:
         "Memory in use on the device, by whomever.",
         ("gpu_uuid",),
         [((device.uuid,), device.used_bytes) for device in report.devices],
+    )
+    yield _family(
+        "device_baseline_bytes",
+        "Memory in use on the device before the agent's first context.",
+        ("gpu_uuid",),
+        [((device.uuid,), device.baseline_bytes) for device in report.devices],
+    )
+    yield _family(
+        "device_dirty",
+        "1 where that is more than vram.dirty.above admits.",
+        ("gpu_uuid",),
+        [((device.uuid,), int(device.dirty)) for device in report.devices],
     )
     memory = report.memory
     yield _family(

@@ -55,6 +55,9 @@ def format_report(report: Report) -> str:
         f"residual {format_bytes(memory.residual_bytes)}, "
         f"host {format_bytes(memory.host_bytes)}"
     )
+    if memory.last_scrub is not None:
+        scrub = memory.last_scrub
+        lines.append(f"last scrub: {format_bytes(scrub.reclaimed_bytes)} reclaimed at {scrub.at}")
     if report.action is not None:
         action = report.action
         lines.append(
@@ -67,6 +70,7 @@ def format_report(report: Report) -> str:
             format_bytes(device.used_bytes),
             format_bytes(device.total_bytes),
             "yes" if device.exclusive else "no",
+            "yes" if device.dirty else "no",
         )
         for device in report.devices
     ]
@@ -85,7 +89,7 @@ def format_report(report: Report) -> str:
         )
         for model in report.models
     ]
-    lines += ["", *_table(("DEVICE", "UUID", "USED", "TOTAL", "EXCLUSIVE"), devices)]
+    lines += ["", *_table(("DEVICE", "UUID", "USED", "TOTAL", "EXCLUSIVE", "DIRTY"), devices)]
     heads = ("MODEL", "RUNTIME", "STATE", "TIER", "VRAM", "HOST", "RUNNING", "QUEUED", "USED AT")
     lines += ["", *_table((*heads, "ERROR"), models)]
     return "\n".join(lines)

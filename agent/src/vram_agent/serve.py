@@ -18,7 +18,7 @@ import structlog
 
 from vram_agent import __version__
 from vram_agent.backend import Backend
-from vram_agent.cgroup import read_memory_limit_bytes
+from vram_agent.cgroup import ContainerMemory, read_memory_limit_bytes
 from vram_agent.config import (
     ConfigError,
     Settings,
@@ -35,6 +35,7 @@ from vram_agent.serving.app import ListenError, start_servers
 from vram_agent.supervision.journal import FileJournal
 from vram_agent.supervision.ports import LoopClock, Surroundings
 from vram_agent.supervision.reaper import keep_reaping
+from vram_agent.supervision.sizes import FileSizes
 from vram_agent.supervisor import Supervisor
 
 _MAX_OPEN_FILES = 65_536
@@ -78,8 +79,10 @@ async def serve(config: AgentConfig, settings: Settings) -> int:
             clock=LoopClock(),
             observer=metrics,
             journal=FileJournal(settings.state_directory),
+            sizes=FileSizes(settings.state_directory),
             pod=settings.pod,
             version=__version__,
+            host=ContainerMemory(),
             host_limit_bytes=read_memory_limit_bytes(),
         ),
     )
@@ -147,7 +150,9 @@ async def _wait_for_end(
     """
 
     async def attach() -> None:
-        supervisor.attach(await connect(preference))
+        backend = await connect(preference)
+        await supervisor.recall()
+        supervisor.attach(backend)
 
     attaching = asyncio.create_task(attach())
     ends = [

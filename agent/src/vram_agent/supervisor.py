@@ -15,7 +15,6 @@ from collections.abc import Coroutine
 from functools import partial
 from typing import Any, Final
 
-import msgspec
 import structlog
 
 from vram_agent.backend import Backend, GroupBackend, ProcessExit, Task, TaskResult
@@ -40,9 +39,11 @@ from vram_agent.protocol import (
 )
 from vram_agent.serving.base import ModelView
 from vram_agent.supervision.actions import CALL, STOP, Acting, Actions, Drain
-from vram_agent.supervision.effects import carry_out, run_task
+from vram_agent.supervision.effects import carry_out, close_group, run_task
 from vram_agent.supervision.fleet import Fleet, GroupCell, ModelCell, PendingCommand, Waiting
 from vram_agent.supervision.gathering import gather_pool
+from vram_agent.supervision.host import HostGauge
+from vram_agent.supervision.learning import Learning
 from vram_agent.supervision.ports import Surroundings
 from vram_agent.supervision.reconfigure import (
     Reconfiguration,
@@ -53,7 +54,7 @@ from vram_agent.supervision.reconfigure import (
 from vram_agent.supervision.reporting import Reporter, model_report, model_view
 from vram_agent.supervision.requests import Requests
 from vram_agent.supervision.transitions import Transitions
-from vram_agent.supervision.upkeep import Scrubs, end_gpu_processes
+from vram_agent.supervision.upkeep import Scrubs, end_gpu_processes, sum_scrubs
 
 _MAX_STEPS: Final = 10_000
 """More steps than this after one event would be a policy that never rests."""
@@ -70,9 +71,11 @@ class Supervisor:
         self._clock = surroundings.clock
         self._fleet = Fleet(config, surroundings.host_limit_bytes)
         self._requests = Requests(self._fleet, surroundings)
-        self._transitions = Transitions(self._fleet, surroundings)
+        self._host = HostGauge(surroundings.host, surroundings.clock)
+        self._transitions = Transitions(self._fleet, surroundings, self._host)
         self._reconfiguration = Reconfiguration(self._fleet, self._requests, self._transitions)
         self._reporter = Reporter(self._fleet, surroundings)
+        self._learning = Learning(self._fleet, surroundings.sizes)
         self._drain = Drain()
         self._exit = asyncio.Event()
         self._actions = Actions(
@@ -83,18 +86,22 @@ class Supervisor:
         self._backend: Backend | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._scrubs = Scrubs(self._fleet, self._transitions)
+        self._scrubs = Scrubs(self._fleet, self._transitions, surroundings.observer)
         self._retired = asyncio.Event()
-        self._is_frozen = False
-        self._is_closed = False
+        self._is_frozen = self._is_closed = False
         self._fault: BaseException | None = None
+
+    async def recall(self) -> None:
+        """Learn from earlier boots, before ``attach``. Takes seconds at most."""
+        await self._learning.recall()
 
     def attach(self, backend: Backend) -> None:
         """Take the devices and processes; requests that came before have waited for them."""
-        self._backend = self._reporter.backend = backend
-        self._fleet.devices = backend.devices()
+        self._backend = backend
+        self._fleet.devices = self._reporter.attach(backend)
         self._fleet.set_limits()
         for cell in self._fleet.models.values():
+            self._fleet.recall(cell)
             order_eager_load(cell)
         self._pump()
 
@@ -183,7 +190,8 @@ class Supervisor:
         """Scrub every GPU process, each once nothing else runs in it."""
         futures = self._scrubs.want_all()
         self._pump()
-        await asyncio.gather(*map(asyncio.shield, futures))
+        scrubs = await asyncio.gather(*map(asyncio.shield, futures))
+        self._reporter.note_scrub(sum_scrubs(scrubs))
         return self.report()
 
     async def drain(self) -> Report:
@@ -225,7 +233,7 @@ class Supervisor:
             self._retire()
             if self._backend is not None and not self._is_frozen:
                 for due in self._scrubs.take_due():
-                    self._spawn(self._scrub(*due))
+                    self._spawn(self._then_pump(self._scrubs.carry_out(*due)))
                 self._take_steps(self._backend)
         except Exception as fault:
             # Nothing may be half done: say so, and let the liveness probe end this process.
@@ -237,11 +245,12 @@ class Supervisor:
     def _take_steps(self, backend: Backend) -> None:
         now = self._clock.monotonic()
         for _ in range(_MAX_STEPS):
-            decision = decide(gather_pool(self._fleet, backend), now)
+            decision = decide(gather_pool(self._fleet, backend, self._host.room_bytes()), now)
             for cell in self._fleet.models.values():
                 is_short = cell.name in decision.short
                 since = now if cell.short_since is None else cell.short_since
                 cell.short_since = since if is_short else None
+                cell.waits_for = decision.waits.get(cell.name, "")
             if decision.step is None:
                 self._wake_at(decision.requeue_at, now)
                 return
@@ -279,12 +288,12 @@ class Supervisor:
         self._pump()
 
     async def _move(self, step: Step, cell: ModelCell) -> None:
-        spec = cell.spec
-        if step.kind is StepKind.LOAD and len(self._fleet.devices) > 1:
-            index = next((d.index for d in self._fleet.devices if d.uuid == step.device), "")
-            spec = msgspec.structs.replace(spec, device=str(index))
-        outcome = await carry_out(step, self._open(cell.group), spec, self._clock.monotonic)
+        group = self._open(cell.group)
+        outcome = await carry_out(step, group, cell.spec, self._clock.monotonic)
         verdict = self._transitions.settle(outcome)
+        self._reporter.note_scrub(outcome.scrubbed)
+        if self._learning.note(cell):
+            self._spawn(self._learning.save())
         if verdict is not None:
             self._turn_away(cell, verdict)
         self._pump()
@@ -304,7 +313,7 @@ class Supervisor:
 
     def _retire(self) -> None:
         for backend in self._reconfiguration.complete():
-            self._spawn(_close_group(backend))
+            self._spawn(close_group(backend))
         if self._reconfiguration.is_complete():
             self._retired.set()
 
@@ -351,10 +360,8 @@ class Supervisor:
         self._reporter.epoch += 1
         self._pump()
 
-    async def _scrub(
-        self, group: GroupCell, backend: GroupBackend, done: asyncio.Future[None]
-    ) -> None:
-        await self._scrubs.carry_out(group, backend, done)
+    async def _then_pump(self, work: Coroutine[Any, Any, None]) -> None:
+        await work
         self._pump()
 
     def _ensure_not_draining(self) -> None:
@@ -391,10 +398,3 @@ class Supervisor:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-async def _close_group(backend: GroupBackend) -> None:
-    try:
-        await backend.close()
-    except AgentError as error:
-        _log.warning("group not closed", error=error.message)

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ async def start_agent(tmp_path: Path) -> AsyncIterator[StartAgent]:
     agents: list[Agent] = []
     session = aiohttp.ClientSession()
 
-    async def start(*models: dict[str, Any], **config: Any) -> Agent:
+    async def start(*models: dict[str, Any], wrapper: Sequence[str] = (), **config: Any) -> Agent:
         path = tmp_path / "config.json"
         document = {
             "device": "CPU",
@@ -119,6 +119,7 @@ async def start_agent(tmp_path: Path) -> AsyncIterator[StartAgent]:
         environment = {**os.environ, "VRAM_AGENT_STATE_DIR": str(tmp_path / "state")}
         began = time.monotonic()
         process = await asyncio.create_subprocess_exec(
+            *wrapper,
             str(Path(sys.executable).with_name("vram-agent")),
             "serve",
             "--config",

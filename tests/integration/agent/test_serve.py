@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -204,6 +205,19 @@ async def test_a_restart_exits_0_and_the_next_boot_says_that_it_is_done(
     status, body = await agent.call("/restart", order)
     assert (status, body["state"]) == (202, "Done")
     assert agent.process.returncode is None
+
+
+async def test_what_a_model_holds_is_on_disk_for_the_next_boot(
+    start_agent: StartAgent, tmp_path: Path
+) -> None:
+    agent = await start_agent(WHISPER_MODEL)
+    assert (await agent.transcribe(CLIP.path))[0] == 200
+    report = await agent.when(lambda report: report.models[0].state is ModelState.OFFLOADED)
+    assert await agent.end() == 0
+    (size,) = json.loads((tmp_path / "state/sizes.json").read_text())["sizes"].values()
+    assert size["source"] == WHISPER_MODEL["source"]
+    assert size["hostBytes"] == report.models[0].host_bytes
+    assert size["vramBytes"] == pytest.approx(size["hostBytes"], rel=0.05)
 
 
 async def test_a_client_that_goes_away_gives_its_place_up(start_agent: StartAgent) -> None:

@@ -66,6 +66,12 @@ def test_a_residual_policy_and_a_window_get_their_defaults_once_they_are_there(a
     ]
 
 
+def test_a_policy_for_dirty_devices_gets_its_defaults_once_it_is_there(api: RawApi) -> None:
+    workload = templated(vram={"dirty": {"policy": "Wait"}})
+    spec = api.try_create("gpumodelworkloads", workload).accepted()["spec"]
+    assert spec["vram"] == {"headroom": "512Mi", "dirty": {"above": "1Gi", "policy": "Wait"}}
+
+
 def test_a_restart_by_hand_is_manual_and_automatic(api: RawApi) -> None:
     assert api.try_create("gpupodrestarts", pod_restart()).accepted()["spec"] == {
         "workload": "speech",

@@ -75,6 +75,10 @@ ANYTIME = {"schedule": "0 1 * * *", "durationSeconds": 14400}
         ),
         pytest.param(serving(vram="3Gi", device="0", priority=-5), id="placement by hand"),
         pytest.param(serving(vram="", group="", device=""), id="empty is the same as absent"),
+        pytest.param(
+            templated(vram={"dirty": {"above": "2Gi", "policy": "Wait"}}),
+            id="a dirty device is waited for",
+        ),
         pytest.param(restarting(schedule="0 3 * * *", timeZone="Asia/Shanghai"), id="every night"),
         pytest.param(restarting(schedule=""), id="an empty schedule is none"),
         pytest.param(restarting(schedule="@daily"), id="a schedule by its nickname"),
@@ -219,6 +223,12 @@ COOLDOWN_MESSAGE = "cooldownSeconds must be at least 630 with the methods Auto a
         ),
         pytest.param(
             serving(vram="-1Gi"), "spec.models[0].vram in body should match", id="less than nothing"
+        ),
+        pytest.param(
+            templated(vram={"dirty": {"policy": "Ignore"}}),
+            'spec.vram.dirty.policy: Unsupported value: "Ignore": supported values: "Report", '
+            '"Wait", "Refuse"',
+            id="an unknown word for a dirty device",
         ),
         pytest.param(
             serving(device="cuda:0"),

@@ -44,6 +44,8 @@ class Ledger:
     charges: Mapping[str, Charge] = field(default_factory=lambda: MappingProxyType({}))
     learned_bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     """The most that each model was ever measured to hold."""
+    hinted_bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    """What an earlier boot measured; counts until this one has measured the model itself."""
 
     @property
     def charged_bytes(self) -> int:
@@ -81,8 +83,14 @@ class Ledger:
         return min(self.budget_bytes, self.capacity_of(device))
 
     def expected_bytes(self, model: str, declared_bytes: int, weight_bytes: int) -> int:
-        """What the model is expected to hold: the largest of declared, learned and its weights."""
-        return max(declared_bytes, self.learned_bytes.get(model, 0), weight_bytes)
+        """What the model is expected to hold: the largest of declared, learned and its weights.
+
+        Learned is what this boot measured, else what an earlier one did. The latter never makes a
+        model too large for every device: it is measured once more before it is refused.
+        """
+        largest = max(map(self.limit_bytes, self.capacity_bytes), default=self.budget_bytes)
+        hinted = min(self.hinted_bytes.get(model, 0), largest)
+        return max(declared_bytes, self.learned_bytes.get(model, hinted), weight_bytes)
 
     def reserve(self, model: str, device: str, wanted_bytes: int) -> Ledger:
         """Charge a model before its transition. Raises OverCapacityError; replaces nothing."""
@@ -118,8 +126,18 @@ class Ledger:
 
     def forget(self, model: str) -> Ledger:
         """Release, and forget the learned size too: the model behind the name is another now."""
-        rest = {name: size for name, size in self.learned_bytes.items() if name != model}
-        return replace(self.release(model), learned_bytes=MappingProxyType(rest))
+        learned = {name: size for name, size in self.learned_bytes.items() if name != model}
+        hinted = {name: size for name, size in self.hinted_bytes.items() if name != model}
+        return replace(
+            self.release(model),
+            learned_bytes=MappingProxyType(learned),
+            hinted_bytes=MappingProxyType(hinted),
+        )
+
+    def with_hint(self, model: str, expected_bytes: int) -> Ledger:
+        """Take what an earlier boot measured."""
+        hinted = MappingProxyType({**self.hinted_bytes, model: expected_bytes})
+        return replace(self, hinted_bytes=hinted)
 
     def with_limits(self, budget_bytes: int, capacity_bytes: Mapping[str, int]) -> Ledger:
         """Take new limits; the charges stay, even where they now exceed them."""

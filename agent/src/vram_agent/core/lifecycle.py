@@ -42,6 +42,8 @@ class Event(StrEnum):
     """The GPU process ended unasked; host memory still holds the weights."""
     ALL_LOST = "AllLost"
     """Template and GPU process ended unasked; only the disk still holds the weights."""
+    STARVED = "Starved"
+    """As ALL_LOST, by the kernel and for want of host memory: not to be repeated at once."""
     REFUSED = "Refused"
     """The model fits nowhere, or its restores kept dying; it is not tried on for now."""
     RESET = "Reset"
@@ -98,6 +100,7 @@ TABLE: Final[Mapping[tuple[ModelState, Event], tuple[ModelState, Tier | None]]] 
         (_S.OFFLOADED, Event.REFUSED): (_S.FAILED, _KEEP),
         (_S.OFFLOADED, Event.GPU_LOST): (_S.OFFLOADED, Tier.HOST),
         (_S.OFFLOADED, Event.ALL_LOST): (_S.ABSENT, Tier.DISK),
+        (_S.OFFLOADED, Event.STARVED): (_S.FAILED, Tier.DISK),
         (_S.RESTORING, Event.RESTORED): (_S.RESIDENT, Tier.VRAM),
         (_S.RESTORING, Event.ROLLED_BACK): (_S.OFFLOADED, _KEEP),
         (_S.RESTORING, Event.RESTORE_FAILED): (_S.FAILED, _KEEP),
@@ -106,6 +109,7 @@ TABLE: Final[Mapping[tuple[ModelState, Event], tuple[ModelState, Tier | None]]] 
         (_S.RESIDENT, Event.OFFLOAD): (_S.OFFLOADING, Tier.VRAM),
         (_S.RESIDENT, Event.GPU_LOST): (_S.OFFLOADED, Tier.HOST),
         (_S.RESIDENT, Event.ALL_LOST): (_S.ABSENT, Tier.DISK),
+        (_S.RESIDENT, Event.STARVED): (_S.FAILED, Tier.DISK),
         (_S.OFFLOADING, Event.OFFLOADED_PINNED): (_S.OFFLOADED, Tier.PINNED_HOST),
         (_S.OFFLOADING, Event.OFFLOADED_HOST): (_S.OFFLOADED, Tier.HOST),
         (_S.OFFLOADING, Event.UNLOADED): (_S.ABSENT, Tier.DISK),
@@ -115,6 +119,7 @@ TABLE: Final[Mapping[tuple[ModelState, Event], tuple[ModelState, Tier | None]]] 
         (_S.FAILED, Event.RESTORE): (_S.RESTORING, _KEEP),
         (_S.FAILED, Event.GPU_LOST): (_S.FAILED, Tier.HOST),
         (_S.FAILED, Event.ALL_LOST): (_S.FAILED, Tier.DISK),
+        (_S.FAILED, Event.STARVED): (_S.FAILED, Tier.DISK),
         (_S.FAILED, Event.RESET): (_S.ABSENT, _KEEP),
     }
 )

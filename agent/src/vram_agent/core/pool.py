@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from vram_agent.core.ledger import Ledger
+from vram_agent.core.dirty import ClosedDevice
+from vram_agent.core.ledger import HOST, Ledger
 from vram_agent.core.lifecycle import Residence
 from vram_agent.protocol import ModelState, OffloadTier, Residency, Tier
 
@@ -30,9 +31,13 @@ class Reason(StrEnum):
     OVER_BUDGET = "OverBudget"
     """More is held than the budget admits: it was lowered, or a model grew."""
     HOST_BUDGET = "HostBudget"
-    """Host memory is needed for another model's weights."""
+    """Host memory is needed for another model's weights, or its budget was lowered."""
+    HOST_PRESSURE = "HostPressure"
+    """The container is near its memory limit, whatever the budget says."""
     GROUP_CHANGED = "GroupChanged"
     """Another model of the group is to be loaded, which no live GPU process survives."""
+    MOVED = "Moved"
+    """Another device has room for it now; its own would keep it waiting."""
     AFTER_TASK = "AfterTask"
     KEEP_ALIVE = "KeepAlive"
     """The time that the last request asked to keep the model for is over."""
@@ -128,15 +133,19 @@ class ModelFacts:
     needed_bytes: int = 0
     """Expected peak in VRAM; 0 where nothing is known yet."""
     device: str = ""
-    """Where it must go; empty: not placed yet."""
+    """Where its config says that it must go; empty: anywhere."""
+    missing_device: str = ""
+    """The index that its config names and no device of the pod has."""
     loads_on_device: bool = False
     """It has no template: leaving the GPU process means leaving altogether."""
     is_retiring: bool = False
     """The config changed it or took it away: it leaves as soon as no task runs on it."""
+    not_before: float = float("-inf")
+    """The kernel ended it for want of host memory: when it may be tried again."""
     short_since: float | None = None
     """Since when memory that no model of ours holds is missing for it."""
-    was_out_of_vram: bool = False
-    """The device refused it although the figures said that it fits."""
+    out_of_vram_on: frozenset[str] = frozenset()
+    """Devices that refused it although the figures said that it fits."""
 
     @property
     def is_resident(self) -> bool:
@@ -171,6 +180,7 @@ class GroupFacts:
     """The template died: what leaves the GPU process is lost."""
     device_bytes: int | None = None
     device: str = ""
+    """Where its GPU process is; empty while there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +193,11 @@ class Pool:
     host: Ledger
     free_bytes: Mapping[str, int] = field(default_factory=dict)
     """Measured on each device, less the headroom; a device that is not here is not judged by it."""
+    host_room_bytes: int | None = None
+    """What the container may still take before it is near its memory limit, negative when it is;
+    None where nothing limits it."""
+    closed: Mapping[str, ClosedDevice] = field(default_factory=dict)
+    """Devices where no GPU process may begin now, since others use them."""
 
     def model(self, name: str) -> ModelFacts:
         """Return the facts of one model."""
@@ -201,6 +216,12 @@ class Pool:
         charge = self.vram.charges.get(model.name)
         return charge is not None and charge.device == device
 
+    @property
+    def host_left_bytes(self) -> int:
+        """What budget and container still admit in host memory."""
+        left = self.host.available_bytes(HOST)
+        return left if self.host_room_bytes is None else min(left, self.host_room_bytes)
+
     def held_bytes(self, model: ModelFacts) -> int:
         """What the model is charged."""
         charge = self.vram.charges.get(model.name)
@@ -214,3 +235,5 @@ class Decision:
     step: Step | None = None
     requeue_at: float | None = None
     short: frozenset[str] = frozenset()
+    waits: Mapping[str, str] = field(default_factory=dict)
+    """What models wait for that no model of ours will bring about, in words."""

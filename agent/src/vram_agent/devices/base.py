@@ -8,7 +8,7 @@ Knows neither torch nor onnxruntime.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -57,8 +57,12 @@ class MemoryFigures(Struct, frozen=True, kw_only=True):
 class Device(Protocol):
     """The devices of this pod, of one kind. No method blocks for long or makes a context."""
 
-    def reports(self, gpu_pids: Collection[int]) -> list[DeviceReport]:
-        """Return the devices as they are now, given this agent's live GPU processes."""
+    def reports(self, gpu_pids: Mapping[int, str]) -> list[DeviceReport]:
+        """Return the devices as they are now, given the devices of this agent's GPU processes.
+
+        Each carries its baseline: what was in use before this agent's first process there,
+        measured anew whenever none of its processes is there.
+        """
         ...
 
     def process_bytes(self, pid: int) -> int | None:
@@ -73,8 +77,8 @@ class Device(Protocol):
         """Return how far the figures can be attributed to this pod."""
         ...
 
-    def place(self, wanted_index: str) -> Placement:
-        """Return the device for a new GPU process: the wanted index, or where most is free.
+    def place(self, wanted: str) -> Placement:
+        """Return the device for a new GPU process: of that UUID or index, or where most is free.
 
         Raises NoVramError when the pod has no such device.
         """

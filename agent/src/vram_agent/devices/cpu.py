@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class CpuDevice:
     def __init__(self, total_bytes: int | None = None) -> None:
         self._total_bytes = measure_total_bytes() if total_bytes is None else total_bytes
 
-    def reports(self, gpu_pids: Collection[int]) -> list[DeviceReport]:
+    def reports(self, gpu_pids: Mapping[int, str]) -> list[DeviceReport]:
         """Return one device; used is what the GPU processes hold alone."""
         used_bytes = sum(measure_private_anonymous_bytes(pid) or 0 for pid in gpu_pids)
         return [
@@ -112,11 +112,11 @@ class CpuDevice:
         """Return Process: the figures are measured per process."""
         return ResidualSource.PROCESS
 
-    def place(self, wanted_index: str) -> Placement:
-        """Return the one device. Raises NoVramError for any index but 0."""
-        if wanted_index not in {"", "0"}:
+    def place(self, wanted: str) -> Placement:
+        """Return the one device. Raises NoVramError for any other."""
+        if wanted not in {"", "0", CPU_UUID}:
             raise NoVramError(
-                f"device {wanted_index} does not exist: this agent runs on the CPU, device 0"
+                f"device {wanted} does not exist: this agent runs on the CPU, device 0"
             )
         return Placement(kind=DeviceKind.CPU, index=0, uuid=CPU_UUID, total_bytes=self._total_bytes)
 

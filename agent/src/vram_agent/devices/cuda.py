@@ -12,7 +12,7 @@ than 0 bytes. A whole device or MIG slice counts as Exclusive until anything els
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -153,16 +153,11 @@ class CudaDevice:
         self._has_mps = "CUDA_MPS_PIPE_DIRECTORY" in environment
         self._baselines = {uuid: self._driver.memory(uuid)[1] for uuid in self._uuids}
         # Sticky: a neighbour that was seen once may come back between two looks.
-        self._is_shared = {
-            uuid: self._has_mps
-            or self._baselines[uuid] > FOREIGN_BYTES
-            or bool(self._driver.processes(uuid))
-            for uuid in self._uuids
-        }
+        self._with_neighbours = {uuid for uuid in self._uuids if self._driver.processes(uuid)}
+        self._used: set[str] = set()
         self._can_read = True
-        self._placed: dict[str, int] = {}
 
-    def reports(self, gpu_pids: Collection[int]) -> list[DeviceReport]:
+    def reports(self, gpu_pids: Mapping[int, str]) -> list[DeviceReport]:
         """Return each device; one with more processes than ours counts as shared from then on."""
         found: list[DeviceReport] = []
         for index, uuid in enumerate(self._uuids):
@@ -172,8 +167,10 @@ class CudaDevice:
                 self._can_read = False
                 continue
             self._can_read = True
-            if len(self._driver.processes(uuid)) > len(gpu_pids):
-                self._is_shared[uuid] = True
+            own = sum(1 for device in gpu_pids.values() if device == uuid)
+            if len(self._driver.processes(uuid)) > own:
+                self._with_neighbours.add(uuid)
+            self._note_baseline(uuid, used_bytes, has_own_process=own > 0)
             found.append(
                 DeviceReport(
                     uuid=uuid,
@@ -181,10 +178,27 @@ class CudaDevice:
                     kind=_kind_of(uuid),
                     total_bytes=total_bytes,
                     used_bytes=used_bytes,
-                    exclusive=not self._is_shared[uuid],
+                    exclusive=not self._is_shared(uuid),
+                    baseline_bytes=self._baselines[uuid],
                 )
             )
         return found
+
+    def _note_baseline(self, uuid: str, used_bytes: int, *, has_own_process: bool) -> None:
+        """Measure anew what is in use without us.
+
+        1. Before our first process: whatever is in use.
+        2. After it, while none of ours lives: only ever less, since what we left behind is ours.
+        """
+        if uuid not in self._used:
+            self._baselines[uuid] = used_bytes
+        elif not has_own_process:
+            self._baselines[uuid] = min(self._baselines[uuid], used_bytes)
+
+    def _is_shared(self, uuid: str) -> bool:
+        return (
+            self._has_mps or uuid in self._with_neighbours or self._baselines[uuid] > FOREIGN_BYTES
+        )
 
     def process_bytes(self, pid: int) -> int | None:
         """Return what the driver says that a process holds; None where it does not know it."""
@@ -196,7 +210,7 @@ class CudaDevice:
         return total_bytes
 
     def baseline_bytes(self) -> int:
-        """Return what was in use on all devices when this object was made."""
+        """Return what was in use on all devices before this agent's first processes there."""
         return sum(self._baselines.values())
 
     def residual_source(self) -> ResidualSource:
@@ -208,23 +222,27 @@ class CudaDevice:
         """
         if not self._can_read:
             return ResidualSource.UNKNOWN
-        if not any(self._is_shared.values()):
+        if not any(map(self._is_shared, self._uuids)):
             return ResidualSource.EXCLUSIVE
         return ResidualSource.SELF
 
-    def place(self, wanted_index: str) -> Placement:
-        """Return the wanted device, or the one with most free memory. Raises NoVramError."""
-        if wanted_index and int(wanted_index) >= len(self._uuids):
-            raise NoVramError(
-                f"device {wanted_index} does not exist: this pod has {len(self._uuids)}, "
-                f"numbered from 0"
-            )
+    def place(self, wanted: str) -> Placement:
+        """Return the wanted device, by UUID or index, or the one with most free memory.
+
+        Raises NoVramError when the pod has no such device.
+        """
         figures = {uuid: self._driver.memory(uuid) for uuid in self._uuids}
-        uuid = (
-            self._uuids[int(wanted_index)]
-            if wanted_index
-            else max(self._uuids, key=lambda one: figures[one][0] - figures[one][1])
-        )
+        if not wanted:
+            uuid = max(self._uuids, key=lambda one: figures[one][0] - figures[one][1])
+        elif wanted in self._uuids:
+            uuid = wanted
+        elif wanted.isdecimal() and int(wanted) < len(self._uuids):
+            uuid = self._uuids[int(wanted)]
+        else:
+            raise NoVramError(
+                f"device {wanted} does not exist: this pod has {len(self._uuids)}, numbered from 0"
+            )
+        self._used.add(uuid)
         return Placement(
             kind=_kind_of(uuid),
             index=self._uuids.index(uuid),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vram_agent.devices.base import Placement
@@ -23,7 +23,7 @@ class FakeDevice:
     source: ResidualSource = ResidualSource.EXCLUSIVE
     bytes_by_pid: dict[int, int] = field(default_factory=dict)
 
-    def reports(self, gpu_pids: Collection[int]) -> list[DeviceReport]:
+    def reports(self, gpu_pids: Mapping[int, str]) -> list[DeviceReport]:
         """Return the one device; the processes' scripted bytes are part of its use."""
         held_bytes = sum(self.bytes_by_pid.get(pid, 0) for pid in gpu_pids)
         return [
@@ -34,6 +34,7 @@ class FakeDevice:
                 total_bytes=self.total_bytes,
                 used_bytes=self.used_bytes + held_bytes,
                 exclusive=self.is_exclusive,
+                baseline_bytes=self.baseline,
             )
         ]
 
@@ -49,10 +50,10 @@ class FakeDevice:
         """Return the scripted source."""
         return self.source
 
-    def place(self, wanted_index: str) -> Placement:
-        """Return the one device. Raises NoVramError for any index but 0."""
-        if wanted_index not in {"", "0"}:
-            raise NoVramError(f"device {wanted_index} does not exist: there is device 0 only")
+    def place(self, wanted: str) -> Placement:
+        """Return the one device. Raises NoVramError for any other."""
+        if wanted not in {"", "0", self.uuid}:
+            raise NoVramError(f"device {wanted} does not exist: there is device 0 only")
         return Placement(kind=self.kind, index=0, uuid=self.uuid, total_bytes=self.total_bytes)
 
     def environment(self) -> Mapping[str, str]:

@@ -191,12 +191,13 @@ class GpuProcess:
                 f"GPU process"
             ) from error
         self._resident.pop(name, None)
-        self._scrub()
+        scrubbed_bytes = self._scrub()
         return MovedTo(
             vram_bytes=left.held_bytes,
             seconds=time.monotonic() - began,
             figures=self._figures(),
             message=left.message,
+            scrubbed_bytes=scrubbed_bytes,
         )
 
     def _run(self, request: Run, fds: tuple[int, ...]) -> tuple[Reply, list[int]]:

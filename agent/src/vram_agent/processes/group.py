@@ -105,6 +105,7 @@ class ProcessGroup:
         self._figures = MemoryFigures()
         self._arena_bytes = 0
         self._own_arena_bytes = 0
+        self.gpu_device = ""
 
     # --- what is -------------------------------------------------------------------------------
 
@@ -140,9 +141,9 @@ class ProcessGroup:
         """Load into the template, starting it if there is none."""
         return await self._transition(self._load(spec))
 
-    async def restore(self, name: str) -> Moved:
+    async def restore(self, name: str, device: str = "") -> Moved:
         """Bring a model into VRAM, making the GPU process if there is none."""
-        return await self._transition(self._restore(name))
+        return await self._transition(self._restore(name, device))
 
     async def offload(self, name: str) -> Moved:
         """Take a model out of VRAM; the GPU process lives on."""
@@ -230,7 +231,7 @@ class ProcessGroup:
         self._loaded[spec.name] = reply.as_model(spec.name)
         return self._loaded[spec.name]
 
-    async def _restore(self, name: str) -> Moved:
+    async def _restore(self, name: str, device: str) -> Moved:
         """Bring a model into VRAM.
 
         1. It is there: nothing to do.
@@ -247,7 +248,7 @@ class ProcessGroup:
         message = ""
         try:
             if self._pair.gpu is None:
-                message = await self._make_gpu_process(self._specs[name].device)
+                message = await self._make_gpu_process(device or self._specs[name].device)
             assert self._pair.gpu is not None  # noqa: S101 - it was just made
             reply = await _ask(self._pair.gpu, Restore(name=name))
         except ChildDiedError as error:
@@ -278,7 +279,13 @@ class ProcessGroup:
         assert isinstance(reply, MovedTo)  # noqa: S101 - what a GPU process answers
         self._resident.pop(name, None)
         self._figures = reply.figures
-        return Moved(vram_bytes=reply.vram_bytes, seconds=reply.seconds, message=reply.message)
+        before_bytes, after_bytes = reply.scrubbed_bytes or (0, 0)
+        return Moved(
+            vram_bytes=reply.vram_bytes,
+            seconds=reply.seconds,
+            message=reply.message,
+            scrubbed=Scrubbed(before_bytes=before_bytes, after_bytes=after_bytes),
+        )
 
     async def _run(self, name: str, task: Task) -> TaskResult:
         async with self._run_lock:
@@ -336,12 +343,13 @@ class ProcessGroup:
 
     # --- processes -----------------------------------------------------------------------------
 
-    async def _make_gpu_process(self, wanted_index: str) -> str:
+    async def _make_gpu_process(self, wanted: str) -> str:
         """Fork the GPU process, or start a fresh one where a fork is not safe; return why."""
         for remembered in list(self._specs.values()):
             if remembered.name not in self._loaded:
                 await self._load_into_template(remembered)
-        placement = self._device.place(wanted_index)
+        placement = self._device.place(wanted)
+        self.gpu_device = placement.uuid
         threads = count_threads(os.environ)
         reason = await self._pair.fork(placement, threads)
         if not reason:
@@ -382,8 +390,8 @@ class ProcessBackend:
 
     def devices(self) -> list[DeviceReport]:
         """Return the devices as they are now."""
-        pids = [group.gpu_pid for group in self._groups]
-        return self._device.reports([pid for pid in pids if pid is not None])
+        places = {group.gpu_pid: group.gpu_device for group in self._groups}
+        return self._device.reports({pid: at for pid, at in places.items() if pid is not None})
 
     def residual_source(self) -> ResidualSource:
         """Return how far the device's figures can be attributed."""

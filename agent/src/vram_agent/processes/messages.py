@@ -120,12 +120,16 @@ class Refused(Struct, frozen=True, kw_only=True, tag="refused"):
 
 
 class MovedTo(Struct, frozen=True, kw_only=True, tag="moved"):
-    """A model was restored or offloaded; it now holds ``vram_bytes`` on the device."""
+    """A model was restored or offloaded; it now holds ``vram_bytes`` on the device.
+
+    ``scrubbed_bytes``: of an offload, the process's device memory before and after the scrub.
+    """
 
     vram_bytes: int
     seconds: float
     figures: MemoryFigures
     message: str = ""
+    scrubbed_bytes: tuple[int, int] | None = None
 
 
 class Ran(Struct, frozen=True, kw_only=True, tag="ran"):

@@ -93,6 +93,14 @@ class DevicePreference(StrEnum):
     CPU = "CPU"
 
 
+class DirtyAction(StrEnum):
+    """What follows where a device is in use before the agent's first context."""
+
+    REPORT = "Report"
+    WAIT = "Wait"
+    REFUSE = "Refuse"
+
+
 class ResidualSource(StrEnum):
     """How far a residual can be trusted. A restart never rests on UNKNOWN."""
 

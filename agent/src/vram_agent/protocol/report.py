@@ -47,7 +47,11 @@ class AgentIdentity(_Wire, frozen=True, kw_only=True):
 
 
 class DeviceReport(_Wire, frozen=True, kw_only=True):
-    """One device as the driver sees it."""
+    """One device as the driver sees it.
+
+    ``baseline_bytes`` was in use before the agent's first context; ``dirty``: that is more than
+    the config's ``vram.dirty.above``.
+    """
 
     uuid: str
     index: int
@@ -55,6 +59,8 @@ class DeviceReport(_Wire, frozen=True, kw_only=True):
     total_bytes: int
     used_bytes: int
     exclusive: bool
+    baseline_bytes: int = 0
+    dirty: bool = False
 
 
 class MemoryClasses(_Wire, frozen=True, kw_only=True):
@@ -68,6 +74,15 @@ class MemoryClasses(_Wire, frozen=True, kw_only=True):
     unattributed: int = 0
 
 
+class ScrubReport(_Wire, frozen=True, kw_only=True):
+    """What the last scrub of GPU processes gave back; before and after are of those processes."""
+
+    at: str
+    before_bytes: int
+    after_bytes: int
+    reclaimed_bytes: int
+
+
 class MemoryReport(_Wire, frozen=True, kw_only=True):
     """Device memory that the pod holds, and what of it is no resident model."""
 
@@ -77,6 +92,7 @@ class MemoryReport(_Wire, frozen=True, kw_only=True):
     residual_bytes: int
     host_bytes: int
     classes: MemoryClasses
+    last_scrub: ScrubReport | None = None
 
 
 class Transition(_Wire, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from vram_agent.protocol.names import (
     SERVING_PORT,
     AfterTask,
     DevicePreference,
+    DirtyAction,
     DnsLabel,
     LoadPolicy,
     OffloadTier,
@@ -118,6 +119,22 @@ class ModelSpec(_Spec, frozen=True, kw_only=True):
     ] = field(default_factory=Residency)
 
 
+class DirtyPolicy(_Spec, frozen=True, kw_only=True):
+    """What to do where a device is in use before this pod's first context there."""
+
+    above: Annotated[
+        Quantity,
+        Meta(description="A device with more than this in use by others is dirty; empty: never."),
+    ] = "1Gi"
+    policy: Annotated[
+        DirtyAction,
+        Meta(
+            description="Report: say so in report and metrics, and go on. Wait: no model goes "
+            "there until the use has fallen; its requests wait. Refuse: its requests get 503."
+        ),
+    ] = DirtyAction.REPORT
+
+
 class VramPolicy(_Spec, frozen=True, kw_only=True):
     """How much VRAM the models of one pod may hold."""
 
@@ -130,6 +147,13 @@ class VramPolicy(_Spec, frozen=True, kw_only=True):
         Quantity,
         Meta(description="Above this use of VRAM the condition VRAMHigh is set; empty: never."),
     ] = ""
+    dirty: Annotated[
+        DirtyPolicy | None,
+        Meta(
+            description="What to do with a device that others use already. Absent: Report above "
+            "1Gi."
+        ),
+    ] = None
 
 
 class HostMemoryPolicy(_Spec, frozen=True, kw_only=True):

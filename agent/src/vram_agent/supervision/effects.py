@@ -11,10 +11,14 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vram_agent.backend import GroupBackend, LoadedModel, Moved, Task, TaskResult
+import structlog
+
+from vram_agent.backend import GroupBackend, LoadedModel, Moved, Scrubbed, Task, TaskResult
 from vram_agent.core.pool import Step, StepKind
 from vram_agent.errors import AgentError, ModelFailedError, TaskFailedError
 from vram_agent.protocol import ModelSpec
+
+_log = structlog.get_logger("vram_agent.supervisor")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +32,11 @@ class Outcome:
     error: AgentError | None = None
     has_lost_all: bool = False
     """The group had to be closed: nothing of it is in any memory."""
+
+    @property
+    def scrubbed(self) -> Scrubbed | None:
+        """What the scrub of an offload gave back; None where there was none."""
+        return None if self.moved is None else self.moved.scrubbed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +66,7 @@ async def carry_out(
             case StepKind.LOAD:
                 loaded = await group.load(spec)
             case StepKind.RESTORE:
-                moved = await group.restore(step.model)
+                moved = await group.restore(step.model, step.device)
             case StepKind.OFFLOAD:
                 moved = await group.offload(step.model)
             case StepKind.END_GPU:
@@ -95,6 +104,14 @@ async def run_task(
         error = TaskFailedError(f"{type(fault).__name__}: {fault}")
         return TaskOutcome(seconds=monotonic() - began, error=error)
     return TaskOutcome(seconds=monotonic() - began, result=result)
+
+
+async def close_group(group: GroupBackend) -> None:
+    """Close a group that has no model left; what goes wrong is logged."""
+    try:
+        await group.close()
+    except AgentError as error:
+        _log.warning("group not closed", error=error.message)
 
 
 async def _force_out(step: Step, group: GroupBackend) -> bool:

@@ -27,6 +27,7 @@ from vram_agent.protocol import (
     Transition,
     parse_quantity,
 )
+from vram_agent.supervision.sizes import LearnedSize, model_key
 
 FIRST_RETRY_SECONDS = 1.0
 LAST_RETRY_SECONDS = 60.0
@@ -72,7 +73,12 @@ class GroupCell:
     is_moving: bool = False
     running: ModelCell | None = None
     is_orphaned: bool = False
+    death: str = ""
+    """How a process of it ended last, in words; empty once its models' states say so."""
+    is_starved: bool = False
+    """Its template was killed by the kernel, for want of host memory."""
     device: str = ""
+    """Where its GPU process is, or is being made; empty while there is none."""
 
     @property
     def is_busy(self) -> bool:
@@ -97,6 +103,8 @@ class ModelCell:
     failures: int = 0
     retry_at: float = 0.0
     restore_deaths: int = 0
+    starvations: int = 0
+    """How often the kernel ended it for want of host memory since a task of it went well."""
     last_used_at: float = 0.0
     last_used_wall: str | None = None
     resident_since: float = float("-inf")
@@ -108,10 +116,11 @@ class ModelCell:
     """Running mean of the tasks' durations; None before the first."""
     restore_seconds: float = 0.0
     short_since: float | None = None
-    was_out_of_vram: bool = False
+    out_of_vram_on: set[str] = field(default_factory=set)
+    waits_for: str = ""
+    """What keeps it out of VRAM that no model of ours will end, in words."""
     next_spec: ModelSpec | None = None
     is_retiring: bool = False
-    device: str = ""
 
     @property
     def name(self) -> str:
@@ -135,6 +144,12 @@ class ModelCell:
         self.failures += 1
         self.retry_at = now + pause
 
+    def note_starvation(self, message: str, now: float) -> None:
+        """As ``note_failure``; a restore in between does not make the pause short again."""
+        self.failures = max(self.failures, self.starvations)
+        self.starvations += 1
+        self.note_failure(message, now)
+
     def note_success(self) -> None:
         """Forget earlier failures."""
         self.error = None
@@ -142,7 +157,7 @@ class ModelCell:
         self.retry_at = 0.0
         self.restore_deaths = 0
         self.short_since = None
-        self.was_out_of_vram = False
+        self.out_of_vram_on.clear()
 
 
 def loads_on_device(spec: ModelSpec) -> bool:
@@ -163,6 +178,8 @@ class Fleet:
         self.models: dict[str, ModelCell] = {}
         self.groups: dict[str, GroupCell] = {}
         self.devices: list[DeviceReport] = []
+        self.remembered: dict[str, LearnedSize] = {}
+        """What this boot and earlier ones measured, the latest last."""
         self._host_limit_bytes = host_limit_bytes
         self.vram = Ledger(budget_bytes=UNLIMITED_BYTES, capacity_bytes={})
         self.host = Ledger(budget_bytes=UNLIMITED_BYTES, capacity_bytes={HOST: UNLIMITED_BYTES})
@@ -174,7 +191,17 @@ class Fleet:
         """Add a model at rest."""
         cell = ModelCell(spec=spec, group=self.ensure_group(group_name(spec)))
         self.models[spec.name] = cell
+        self.recall(cell)
         return cell
+
+    def recall(self, cell: ModelCell) -> None:
+        """Let the ledgers expect of a model what was measured of it earlier, if anything."""
+        if not self.devices:
+            return
+        size = self.remembered.get(model_key(cell.spec, self.devices[0].kind))
+        if size is not None:
+            self.vram = self.vram.with_hint(cell.name, size.vram_bytes)
+            self.host = self.host.with_hint(cell.name, size.host_bytes)
 
     def ensure_group(self, name: str) -> GroupCell:
         """Return the group of that name."""
@@ -225,6 +252,12 @@ class Fleet:
         share = UNLIMITED_BYTES if limit is None else int(limit * _HOST_SHARE)
         host_budget = parse_quantity(host) if host else share
         self.host = self.host.with_limits(host_budget, {HOST: UNLIMITED_BYTES})
+
+    def device_index(self, cell: ModelCell) -> str:
+        """Return the index that the model, or another one of its group, asks for; else empty."""
+        if cell.spec.device or not cell.spec.group:
+            return cell.spec.device
+        return next((m.spec.device for m in self.members(cell.group) if m.spec.device), "")
 
     def device_by_index(self, index: str) -> str:
         """Return the UUID of a device of the pod; empty where there is none of that index."""

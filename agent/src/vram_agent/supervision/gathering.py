@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Final
 
 from vram_agent.backend import Backend
+from vram_agent.core.dirty import ClosedDevice, find_closed
+from vram_agent.core.ledger import UNLIMITED_BYTES
 from vram_agent.core.pool import Command, CommandKind, GroupFacts, ModelFacts, Pool
-from vram_agent.protocol import parse_quantity
+from vram_agent.protocol import DeviceReport, DirtyPolicy, parse_quantity
 from vram_agent.supervision.fleet import Fleet, GroupCell, ModelCell
 
 MINIMUM_TURN_SECONDS: Final = 1.0
@@ -19,18 +21,21 @@ TURN_PER_RESTORE: Final = 4.0
 fairness never costs more than a fifth of the time."""
 
 
-def gather_pool(fleet: Fleet, backend: Backend) -> Pool:
+def gather_pool(fleet: Fleet, backend: Backend, host_room_bytes: int | None) -> Pool:
     """Return the facts of this moment."""
     is_admitting = any(
         (cell.queue or cell.commands) and not cell.group.is_busy and cell.vram_bytes == 0
         for cell in fleet.models.values()
     )
+    devices = backend.devices() if is_admitting else []
     return Pool(
         models=tuple(_model_facts(fleet, cell) for cell in fleet.models.values()),
         groups={name: _group_facts(group, is_admitting) for name, group in fleet.groups.items()},
         vram=fleet.vram,
         host=fleet.host,
-        free_bytes=_gather_free_bytes(fleet, backend) if is_admitting else {},
+        host_room_bytes=host_room_bytes,
+        free_bytes=_free_bytes(fleet, devices),
+        closed=_closed_devices(fleet, devices),
     )
 
 
@@ -45,13 +50,34 @@ def declared_bytes(cell: ModelCell) -> int:
     return parse_quantity(cell.spec.vram) if cell.spec.vram else 0
 
 
-def _gather_free_bytes(fleet: Fleet, backend: Backend) -> dict[str, int]:
+def dirty_policy(fleet: Fleet) -> DirtyPolicy:
+    """What the config says of devices that others use, or what holds where it says nothing."""
+    return fleet.config.vram.dirty or DirtyPolicy()
+
+
+def dirty_above_bytes(fleet: Fleet) -> int:
+    """How much others may use of a device before it counts as dirty."""
+    above = dirty_policy(fleet).above
+    return parse_quantity(above) if above else UNLIMITED_BYTES
+
+
+def _free_bytes(fleet: Fleet, devices: list[DeviceReport]) -> dict[str, int]:
     headroom = parse_quantity(fleet.config.vram.headroom or "0")
-    return {d.uuid: d.total_bytes - d.used_bytes - headroom for d in backend.devices()}
+    return {d.uuid: d.total_bytes - d.used_bytes - headroom for d in devices}
+
+
+def _closed_devices(fleet: Fleet, devices: list[DeviceReport]) -> dict[str, ClosedDevice]:
+    return find_closed(
+        {d.uuid: d.baseline_bytes for d in devices},
+        frozenset(group.device for group in fleet.groups.values()),
+        dirty_above_bytes(fleet),
+        dirty_policy(fleet).policy,
+    )
 
 
 def _model_facts(fleet: Fleet, cell: ModelCell) -> ModelFacts:
     command = cell.commands[0] if cell.commands else None
+    index = fleet.device_index(cell)
     return ModelFacts(
         name=cell.name,
         group=cell.group.name,
@@ -70,11 +96,13 @@ def _model_facts(fleet: Fleet, cell: ModelCell) -> ModelFacts:
         if command is None
         else Command(kind=CommandKind(command.kind), tier=command.tier),
         needed_bytes=needed_bytes(fleet, cell),
-        device=cell.device or fleet.device_by_index(cell.spec.device),
+        device=fleet.device_by_index(index),
+        missing_device=index if fleet.devices and not fleet.device_by_index(index) else "",
         loads_on_device=cell.loads_on_device,
         is_retiring=cell.is_retiring,
+        not_before=cell.retry_at if cell.starvations else float("-inf"),
         short_since=cell.short_since,
-        was_out_of_vram=cell.was_out_of_vram,
+        out_of_vram_on=frozenset(cell.out_of_vram_on),
     )
 
 

@@ -7,11 +7,13 @@ on fake time and ``__main__`` and the embedding library compose it differently.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 from vram_agent.protocol import ActionReport, AgentMode, PodIdentity
+from vram_agent.supervision.sizes import LearnedSize
 
 
 class Clock(Protocol):
@@ -61,6 +63,10 @@ class TransitionObserver(Protocol):
         """A task began after so many seconds in the queue."""
         ...
 
+    def observe_scrub(self, reclaimed_bytes: int) -> None:
+        """A scrub of a GPU process gave so many bytes of device memory back."""
+        ...
+
     def observe_worker_restart(self, model: str, reason: str) -> None:
         """A process of the model's group was lost or renewed."""
         ...
@@ -78,6 +84,61 @@ class ActionJournal(Protocol):
         ...
 
 
+class SizeStore(Protocol):
+    """Where learned sizes outlive the process."""
+
+    async def read(self) -> Mapping[str, LearnedSize]:
+        """Return what an earlier boot wrote, by ``sizes.model_key``; never raises."""
+        ...
+
+    async def write(self, sizes: Mapping[str, LearnedSize]) -> None:
+        """Replace it atomically, without blocking the loop. Raises OSError."""
+        ...
+
+
+class NoSizes:
+    """The store of an agent that has no place of its own."""
+
+    async def read(self) -> Mapping[str, LearnedSize]:
+        """Return nothing."""
+        return {}
+
+    async def write(self, sizes: Mapping[str, LearnedSize]) -> None:
+        """Forget it."""
+
+
+class HostMemory(Protocol):
+    """The container's memory as the kernel counts it. Reads small files; never raises."""
+
+    def limit_bytes(self) -> int | None:
+        """Return the limit; None where there is none."""
+        ...
+
+    def available_bytes(self) -> int | None:
+        """Return what may still be taken, reclaimable page cache included; None without a limit."""
+        ...
+
+    def oom_kills(self) -> int:
+        """Return how many processes the kernel has killed here for want of memory."""
+        ...
+
+
+class UnlimitedMemory:
+    """A container without a limit, or one whose limit is none of ours."""
+
+    def limit_bytes(self) -> int | None:
+        """Return None."""
+        return None
+
+    def available_bytes(self) -> int | None:
+        """Return None."""
+        return None
+
+    def oom_kills(self) -> int:
+        """Return 0."""
+        return 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """Everything that the supervisor does not own."""
@@ -85,6 +146,8 @@ class Surroundings:
     clock: Clock
     observer: TransitionObserver
     journal: ActionJournal
+    sizes: SizeStore = field(default_factory=NoSizes)
+    host: HostMemory = field(default_factory=UnlimitedMemory)
     pod: PodIdentity = field(default_factory=PodIdentity)
     version: str = ""
     mode: AgentMode = AgentMode.SERVE

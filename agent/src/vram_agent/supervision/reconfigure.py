@@ -124,6 +124,7 @@ class Reconfiguration:
         cell.group = self._fleet.ensure_group(group_name(spec))
         cell.loaded = None
         cell.task_seconds = None
+        self._fleet.recall(cell)
         order_eager_load(cell)
 
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from uuid import uuid4
 
-from vram_agent.backend import Backend
+import msgspec
+import structlog
+
+from vram_agent.backend import Backend, Scrubbed
+from vram_agent.core.dirty import is_dirty
 from vram_agent.core.residual import MemorySamples, ProcessSample, compute_memory_report
 from vram_agent.protocol import (
     ActionReport,
@@ -19,11 +23,15 @@ from vram_agent.protocol import (
     ModelState,
     Report,
     ResidualSource,
+    ScrubReport,
     Tier,
 )
 from vram_agent.serving.base import ModelView
 from vram_agent.supervision.fleet import Fleet, ModelCell
+from vram_agent.supervision.gathering import dirty_above_bytes, dirty_policy
 from vram_agent.supervision.ports import Surroundings, format_time
+
+_log = structlog.get_logger("vram_agent.device")
 
 
 class Reporter:
@@ -38,6 +46,41 @@ class Reporter:
         self.boot_id = uuid4().hex
         self.epoch = 0
         self.backend: Backend | None = None
+        self._last_scrub: ScrubReport | None = None
+
+    def attach(self, backend: Backend) -> list[DeviceReport]:
+        """Measure from now on; return the devices, and say which of them others use already."""
+        self.backend = backend
+        devices = self._devices()
+        for device in devices:
+            if device.dirty:
+                dirty = dirty_policy(self._fleet)
+                _log.warning(
+                    "device dirty",
+                    gpu_uuid=device.uuid,
+                    baseline_bytes=device.baseline_bytes,
+                    above=dirty.above,
+                    policy=dirty.policy.value,
+                )
+        return devices
+
+    def _devices(self) -> list[DeviceReport]:
+        above_bytes = dirty_above_bytes(self._fleet)
+        return [
+            msgspec.structs.replace(device, dirty=is_dirty(device.baseline_bytes, above_bytes))
+            for device in ([] if self.backend is None else self.backend.devices())
+        ]
+
+    def note_scrub(self, scrubbed: Scrubbed | None) -> None:
+        """Remember what a scrub gave back; None where there was none."""
+        if scrubbed is None:
+            return
+        self._last_scrub = ScrubReport(
+            at=format_time(self._surroundings.clock.now()),
+            before_bytes=scrubbed.before_bytes,
+            after_bytes=scrubbed.after_bytes,
+            reclaimed_bytes=scrubbed.reclaimed_bytes,
+        )
 
     def note_activity(self, *, is_idle: bool) -> None:
         """Remember since when nothing waits, runs or moves."""
@@ -49,7 +92,7 @@ class Reporter:
     def write(self, *, is_draining: bool, action: ActionReport | None) -> Report:
         """Measure and return the report."""
         self._sequence += 1
-        devices = [] if self.backend is None else self.backend.devices()
+        devices = self._devices()
         return Report(
             agent=AgentIdentity(
                 version=self._surroundings.version,
@@ -63,7 +106,7 @@ class Reporter:
             observed_at=format_time(self._surroundings.clock.now()),
             config_generation=self._fleet.config.metadata.generation,
             devices=devices,
-            memory=self._memory(devices),
+            memory=msgspec.structs.replace(self._memory(devices), last_scrub=self._last_scrub),
             models=[model_report(cell) for cell in self._fleet.listed()],
             idle=self._idle_since is not None,
             idle_since=self._idle_since,

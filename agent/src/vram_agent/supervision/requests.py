@@ -79,6 +79,7 @@ class Requests:
         cell.last_used_wall = format_time(self._clock.now())
         cell.keep_alive_seconds = waiting.keep_alive_seconds
         if outcome.error is None:
+            cell.starvations = 0
             mean = outcome.seconds if cell.task_seconds is None else cell.task_seconds
             cell.task_seconds = mean + _WEIGHT_OF_LAST * (outcome.seconds - mean)
         self._answer(waiting, outcome.result, outcome.error)
@@ -115,7 +116,8 @@ class Requests:
         seconds = self._fleet.config.queue.timeout_seconds
         error = QueueTimeoutError(
             f"the request waited longer than queue.timeoutSeconds ({seconds}) "
-            f"for model {cell.name} ({cell.residence})",
+            f"for model {cell.name} ({cell.residence})"
+            + (f"; {cell.waits_for}" if cell.waits_for else ""),
             retry_after_seconds=self.retry_after_seconds(cell),
         )
         self._answer(waiting, None, error)

@@ -7,11 +7,12 @@ at work. Called by the supervisor on its loop. It awaits nothing and decides not
 
 from __future__ import annotations
 
+import signal
 from typing import Final
 
 import structlog
 
-from vram_agent.backend import ProcessExit
+from vram_agent.backend import ProcessExit, Scrubbed
 from vram_agent.core.ledger import HOST
 from vram_agent.core.lifecycle import Event, Residence, decide_residence
 from vram_agent.core.pool import Reason, Step, StepKind
@@ -20,6 +21,7 @@ from vram_agent.protocol import ModelState, Tier, Transition
 from vram_agent.supervision.effects import Outcome
 from vram_agent.supervision.fleet import Fleet, GroupCell, ModelCell
 from vram_agent.supervision.gathering import declared_bytes
+from vram_agent.supervision.host import HostGauge
 from vram_agent.supervision.ports import Surroundings, format_time
 
 MAX_RESTORE_DEATHS: Final = 3
@@ -33,8 +35,9 @@ _log = structlog.get_logger("vram_agent.transition")
 class Transitions:
     """Begins and settles transitions; the only writer of residences and ledgers."""
 
-    def __init__(self, fleet: Fleet, surroundings: Surroundings) -> None:
+    def __init__(self, fleet: Fleet, surroundings: Surroundings, host: HostGauge) -> None:
         self._fleet = fleet
+        self._host = host
         self._clock = surroundings.clock
         self._observer = surroundings.observer
         self._origins: dict[str, Residence] = {}
@@ -47,7 +50,6 @@ class Transitions:
             case StepKind.LOAD:
                 after = decide_residence(cell.residence, Event.LOAD)
                 self._fleet.host = self._fleet.host.reserve(cell.name, HOST, step.needed_bytes)
-                cell.device = group.device = step.device
                 self._mark(cell, after)
             case StepKind.RESTORE:
                 after = decide_residence(cell.residence, Event.RESTORE)
@@ -55,6 +57,7 @@ class Transitions:
                     cell.name, step.device, step.needed_bytes
                 )
                 cell.short_since = None
+                group.device = step.device
                 self._mark(cell, after)
             case _:
                 self._begin_leaving(step, cell)
@@ -65,6 +68,7 @@ class Transitions:
         step = outcome.step
         cell = self._fleet.models[step.model]
         cell.group.is_moving = False
+        self._host.forget()
         verdict: AgentError | None = None
         match step.kind:
             case StepKind.LOAD:
@@ -80,7 +84,7 @@ class Transitions:
         """Return what the waiting requests are told; Failed where no waiting helps."""
         cell = self._fleet.models[step.model]
         cell.short_since = None
-        cell.was_out_of_vram = False
+        cell.out_of_vram_on.clear()
         if not step.is_permanent:
             return NoVramError(step.message, retry_after_seconds=5.0)
         cell.note_failure(step.message, self._clock.monotonic())
@@ -101,11 +105,15 @@ class Transitions:
         if backend is None:
             return
         is_template = exit_.role == "template"
+        is_starved = exit_.signal == signal.SIGKILL and self._host.is_starved()
         if is_template:
             group.is_orphaned = backend.template_pid in (None, exit_.pid)
+            group.is_starved = group.is_orphaned and is_starved
+        group.death = self._explain_death(exit_, is_starved=is_starved)
+        reason = f"{exit_.role.title()}{'OutOfMemory' if is_starved else 'Died'}"
         for cell in self._fleet.members(group):
             if is_template or cell.residence.tier in _IN_GPU_PROCESS:
-                self._observer.observe_worker_restart(cell.name, f"{exit_.role.title()}Died")
+                self._observer.observe_worker_restart(cell.name, reason)
         _log.warning(
             "process died",
             group=group.name,
@@ -113,6 +121,7 @@ class Transitions:
             pid=exit_.pid,
             exit_code=exit_.exit_code,
             signal=exit_.signal,
+            out_of_memory=is_starved,
         )
         if not group.is_moving:
             self.sync(group, Reason.WORKER_DIED, dead_pid=exit_.pid)
@@ -132,13 +141,14 @@ class Transitions:
             )
             if is_lost and cell.residence.tier in _IN_GPU_PROCESS:
                 event = Event.ALL_LOST if cell.loads_on_device else Event.GPU_LOST
-                self._commit(cell, event, (reason, kind, 0.0))
+                self._commit(cell, event, (reason, kind, 0.0), group.death)
             if group.is_orphaned and gpu_pid is None and cell.residence.tier is not Tier.DISK:
-                self._commit(cell, Event.ALL_LOST, (reason, kind, 0.0))
-        if group.is_orphaned and gpu_pid is None:
-            group.is_orphaned = False
-        members = self._fleet.members(group)
-        if not group.is_moving and all(m.residence.tier is Tier.DISK for m in members):
+                self._lose_all(cell, (reason, kind, 0.0))
+        if gpu_pid is None:
+            group.is_orphaned = group.is_starved = False
+        if not group.is_orphaned:
+            group.death = ""
+        if gpu_pid is None and not group.is_moving:
             group.device = ""
 
     def reset(self, cell: ModelCell, reason: Reason) -> None:
@@ -146,6 +156,25 @@ class Transitions:
         cell.note_success()
         if cell.residence == Residence(ModelState.FAILED, Tier.DISK):
             self._commit(cell, Event.RESET, (reason, "reset", 0.0))
+
+    def _lose_all(self, cell: ModelCell, note: tuple[Reason, str, float]) -> None:
+        """The template is gone. Killed for want of memory, it is not made anew for a while."""
+        death = cell.group.death
+        if cell.group.is_starved:
+            cell.note_starvation(death, self._clock.monotonic())
+            self._commit(cell, Event.STARVED, note, ModelFailedError(death))
+        else:
+            self._commit(cell, Event.ALL_LOST, note, death)
+
+    def _explain_death(self, exit_: ProcessExit, *, is_starved: bool) -> str:
+        name = "template" if exit_.role == "template" else "GPU process"
+        if is_starved:
+            return (
+                f"its {name} was killed by the kernel: the container is out of memory (limit "
+                f"{self._host.limit_bytes} bytes); give it more, or lower hostMemory.budget"
+            )
+        how = f"by signal {exit_.signal}" if exit_.signal else f"with exit code {exit_.exit_code}"
+        return f"its {name} ended {how}"
 
     def _begin_leaving(self, step: Step, cell: ModelCell) -> None:
         leaving = [
@@ -163,7 +192,7 @@ class Transitions:
         for member, after in marks:
             self._mark(member, after)
         if step.beneficiary:
-            self._fleet.models[step.beneficiary].was_out_of_vram = False
+            self._fleet.models[step.beneficiary].out_of_vram_on.clear()
             for member, _ in marks:
                 self._observer.observe_eviction(member.name, step.reason)
 
@@ -173,7 +202,7 @@ class Transitions:
             cell.loaded = outcome.loaded
             self._fleet.host = self._fleet.host.commit(cell.name, outcome.loaded.weight_bytes, 0)
             cell.last_used_at = self._clock.monotonic()
-            self._commit(cell, Event.LOADED, note)
+            self._commit(cell, Event.LOADED, note, outcome.loaded.message)
             return None
         error = outcome.error or ModelFailedError(f"model {cell.name} did not load")
         if isinstance(error, WorkerDiedError) and self._is_worth_another_try(cell):
@@ -202,7 +231,7 @@ class Transitions:
         self._release(cell)
         # 2
         if isinstance(error, NoVramError):
-            cell.was_out_of_vram = True
+            cell.out_of_vram_on.add(outcome.step.device)
             self._commit(cell, Event.ROLLED_BACK, note, error)
             return None
         # 3
@@ -231,11 +260,13 @@ class Transitions:
                     event = Event.UNLOADED
                 elif step.kind is StepKind.OFFLOAD and has_gpu_process and outcome.error is None:
                     event = Event.OFFLOADED_PINNED
-                self._commit(member, event, note, outcome.error)
+                said = outcome.error or (outcome.moved.message if outcome.moved else None)
+                self._commit(member, event, note, said, outcome.scrubbed)
             elif is_gone and member.residence.tier is not Tier.DISK:
                 self._commit(member, Event.ALL_LOST, note, outcome.error)
         if outcome.has_lost_all:
             cell.group.backend = None
+            cell.group.device = ""
 
     def _is_worth_another_try(self, cell: ModelCell) -> bool:
         cell.restore_deaths += 1
@@ -263,6 +294,7 @@ class Transitions:
         event: Event,
         note: tuple[Reason, str, float],
         said: AgentError | str | None = None,
+        scrubbed: Scrubbed | None = None,
     ) -> None:
         """End a change: residence, charges, report, metric and one line of log.
 
@@ -277,7 +309,6 @@ class Transitions:
             self._release(cell)
         if cell.residence.tier is Tier.DISK:
             self._fleet.host = self._fleet.host.release(cell.name)
-            cell.device = ""
         cell.last_transition = Transition(
             kind=kind,
             seconds=round(seconds, 6),
@@ -287,7 +318,13 @@ class Transitions:
         is_failure = isinstance(said, AgentError)
         outcome = "failed" if is_failure else "ok"
         self._observer.observe_transition(cell.name, kind, seconds, outcome)
-        fields = {"message": message} if message else {}
+        fields: dict[str, str | int] = {"message": message} if message else {}
+        if scrubbed is not None:
+            self._observer.observe_scrub(scrubbed.reclaimed_bytes)
+            fields |= {
+                "scrub_before_bytes": scrubbed.before_bytes,
+                "scrub_after_bytes": scrubbed.after_bytes,
+            }
         (_log.warning if is_failure else _log.info)(
             "transition",
             model=cell.name,

@@ -7,11 +7,12 @@ its loop; the processes' answers come back as events like all others.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Final
 
 import structlog
 
-from vram_agent.backend import GroupBackend
+from vram_agent.backend import GroupBackend, Scrubbed
 from vram_agent.core.pool import Reason
 from vram_agent.errors import AgentError
 from vram_agent.protocol import AfterTask, LoadPolicy, ModelState, Tier
@@ -23,15 +24,21 @@ from vram_agent.supervision.transitions import Transitions
 _log = structlog.get_logger("vram_agent.upkeep")
 
 
+NOTHING_SCRUBBED: Final = Scrubbed(before_bytes=0, after_bytes=0)
+
+
 class Scrubs:
     """Scrubs that callers wait for, one for each group at most."""
 
-    def __init__(self, fleet: Fleet, transitions: Transitions) -> None:
+    def __init__(
+        self, fleet: Fleet, transitions: Transitions, observer: TransitionObserver
+    ) -> None:
         self._fleet = fleet
         self._transitions = transitions
-        self._wanted: dict[str, asyncio.Future[None]] = {}
+        self._observer = observer
+        self._wanted: dict[str, asyncio.Future[Scrubbed]] = {}
 
-    def want_all(self) -> list[asyncio.Future[None]]:
+    def want_all(self) -> list[asyncio.Future[Scrubbed]]:
         """Ask for every group that has a GPU process; the futures end with the scrubs."""
         loop = asyncio.get_running_loop()
         for name, group in self._fleet.groups.items():
@@ -39,14 +46,14 @@ class Scrubs:
                 self._wanted.setdefault(name, loop.create_future())
         return list(self._wanted.values())
 
-    def take_due(self) -> list[tuple[GroupCell, GroupBackend, asyncio.Future[None]]]:
+    def take_due(self) -> list[tuple[GroupCell, GroupBackend, asyncio.Future[Scrubbed]]]:
         """Return those that can begin, their groups marked busy."""
         due = []
         for name, done in list(self._wanted.items()):
             group = self._fleet.groups.get(name)
             if group is None or group.backend is None:
                 self._wanted.pop(name)
-                resolve(done)
+                resolve(done, NOTHING_SCRUBBED)
             elif not group.is_busy:
                 self._wanted.pop(name)
                 group.is_moving = True
@@ -54,17 +61,35 @@ class Scrubs:
         return due
 
     async def carry_out(
-        self, group: GroupCell, backend: GroupBackend, done: asyncio.Future[None]
+        self, group: GroupCell, backend: GroupBackend, done: asyncio.Future[Scrubbed]
     ) -> None:
         """Scrub one group and free it; a scrub that fails is logged, never raised."""
+        scrubbed = NOTHING_SCRUBBED
         try:
-            await backend.scrub()
+            scrubbed = await backend.scrub()
         except AgentError as error:
             _log.warning("scrub failed", group=group.name, error=error.message)
+        else:
+            self._observer.observe_scrub(scrubbed.reclaimed_bytes)
+            _log.info(
+                "scrub",
+                group=group.name,
+                before_bytes=scrubbed.before_bytes,
+                after_bytes=scrubbed.after_bytes,
+            )
         finally:
             group.is_moving = False
-            resolve(done)
+            resolve(done, scrubbed)
             self._transitions.sync(group, Reason.WORKER_DIED)
+
+
+def sum_scrubs(scrubs: Iterable[Scrubbed]) -> Scrubbed:
+    """Return what several GPU processes held before and after, taken together."""
+    each = list(scrubs)
+    return Scrubbed(
+        before_bytes=sum(one.before_bytes for one in each),
+        after_bytes=sum(one.after_bytes for one in each),
+    )
 
 
 async def end_gpu_processes(
@@ -105,7 +130,7 @@ async def end_gpu_processes(
             raise result
 
 
-def resolve(future: asyncio.Future[None]) -> None:
+def resolve(future: asyncio.Future[Scrubbed], scrubbed: Scrubbed) -> None:
     """End a future that nobody has ended or given up."""
     if not future.done():
-        future.set_result(None)
+        future.set_result(scrubbed)

@@ -28,6 +28,7 @@ from vram_agent.protocol import (
     Report,
     ResidualSource,
     Runtime,
+    ScrubReport,
     Tier,
 )
 from vram_agent.report import format_bytes, format_report
@@ -55,6 +56,8 @@ REPORT = Report(
             total_bytes=48 * GIB,
             used_bytes=GIB,
             exclusive=True,
+            baseline_bytes=3 * GIB,
+            dirty=True,
         )
     ],
     memory=MemoryReport(
@@ -63,6 +66,9 @@ REPORT = Report(
         model_bytes=GIB // 2,
         residual_bytes=GIB // 2,
         host_bytes=0,
+        last_scrub=ScrubReport(
+            at="2026-01-01T00:00:00Z", before_bytes=700, after_bytes=300, reclaimed_bytes=400
+        ),
         classes=MemoryClasses(),
     ),
     models=[
@@ -134,6 +140,9 @@ def test_a_report_is_a_table_with_everything_a_person_asks_for() -> None:
     text = format_report(REPORT)
     assert "agent 0.1.0 Serve speech/pod-1  boot 01234567 epoch 2" in text
     assert "memory (Exclusive): used 1 GiB, models 512 MiB, residual 512 MiB, host 0 B" in text
+    assert "last scrub: 400 B reclaimed at 2026-01-01T00:00:00Z" in text
+    device = next(line for line in text.splitlines() if line.startswith("CUDA"))
+    assert device.split()[-2:] == ["yes", "yes"]
     assert "draining" in text
     assert "action Recycle r1: Done" in text
     row = next(line for line in text.splitlines() if line.startswith("whisper"))

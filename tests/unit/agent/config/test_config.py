@@ -77,6 +77,14 @@ def model(**fields: Any) -> dict[str, Any]:
             id="a quantity is shown, not its pattern",
         ),
         pytest.param(
+            {"vram": {"dirty": {"above": "1GB", "polcy": "Wait"}}},
+            [
+                "vram.dirty.polcy: unknown field; did you mean policy?",
+                "vram.dirty.above: '1GB': not a quantity; write for example 10G or 512Mi",
+            ],
+            id="a fault inside of what may be absent",
+        ),
+        pytest.param(
             model(name="A_b"),
             [
                 (
@@ -100,6 +108,22 @@ def model(**fields: Any) -> dict[str, Any]:
             {"models": [MODEL, MODEL]},
             ["models[1].name: 'whisper' is models[0]'s name too; names are unique"],
             id="two models of one name",
+        ),
+        pytest.param(
+            {
+                "models": [
+                    {**MODEL, "group": "g", "device": "0"},
+                    {**MODEL, "name": "b", "group": "g"},
+                    {**MODEL, "name": "c", "group": "g", "device": "1"},
+                ]
+            },
+            [
+                (
+                    "models[2].device: 1, but whisper of the same group g is on 0; "
+                    "a group has one GPU process on one device"
+                )
+            ],
+            id="a group on two devices",
         ),
         pytest.param(
             {"listen": {"serving": "8000", "control": "0.0.0.0:99999"}},

@@ -43,29 +43,49 @@ def pool(
     budget: int = UNLIMITED_BYTES,
     groups: Mapping[str, GroupFacts] | None = None,
     host_budget: int = UNLIMITED_BYTES,
+    devices: Mapping[str, int] | None = None,
+    at: Mapping[str, str] | None = None,
     **fields: Any,
 ) -> Pool:
-    """A pool in which resident models hold what they need on one device."""
+    """A pool in which resident models hold what they need.
+
+    ``devices``: capacities by name, by default one without limit. ``at``: the devices of resident
+    models, by default the first.
+    """
     facts = tuple(models)
-    vram = Ledger(budget_bytes=UNLIMITED_BYTES, capacity_bytes={DEVICE: UNLIMITED_BYTES})
+    capacity = dict(devices or {DEVICE: UNLIMITED_BYTES})
+    where = {m.name: next(iter(capacity)) for m in facts} | dict(at or {})
+    vram = Ledger(
+        budget_bytes=UNLIMITED_BYTES, capacity_bytes=dict.fromkeys(capacity, UNLIMITED_BYTES)
+    )
     host = Ledger(budget_bytes=UNLIMITED_BYTES, capacity_bytes={HOST: UNLIMITED_BYTES})
     for m in facts:
         if m.residence.tier != "Disk":
             host = host.reserve(m.name, HOST, m.needed_bytes).commit(m.name, m.needed_bytes, 0)
         if m.residence.tier == "VRAM":
-            vram = vram.reserve(m.name, DEVICE, m.needed_bytes).commit(m.name, m.needed_bytes, 0)
+            vram = vram.reserve(m.name, where[m.name], m.needed_bytes).commit(
+                m.name, m.needed_bytes, 0
+            )
     known = dict(groups or {})
     for m in facts:
-        in_process = any(
-            mate.group == m.group and mate.residence.tier in ("VRAM", "PinnedHost")
+        in_process = [
+            mate.name
             for mate in facts
-        )
+            if mate.group == m.group and mate.residence.tier in ("VRAM", "PinnedHost")
+        ]
         busy = any(mate.group == m.group and mate.leases for mate in facts)
-        known.setdefault(m.group, GroupFacts(is_busy=busy, has_gpu_process=in_process))
+        known.setdefault(
+            m.group,
+            GroupFacts(
+                is_busy=busy,
+                has_gpu_process=bool(in_process),
+                device=where[in_process[0]] if in_process else "",
+            ),
+        )
     return Pool(
         models=facts,
         groups=known,
-        vram=vram.with_limits(budget, {DEVICE: UNLIMITED_BYTES}),
+        vram=vram.with_limits(budget, capacity),
         host=host.with_limits(host_budget, {HOST: UNLIMITED_BYTES}),
         **fields,
     )

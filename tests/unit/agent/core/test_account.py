@@ -51,6 +51,18 @@ def test_the_learned_size_is_the_largest_measured_and_outlives_the_charge() -> N
     assert ledger.forget("m").expected_bytes("m", 0, 10) == 10
 
 
+def test_a_hint_counts_until_the_model_was_measured_and_refuses_nothing_by_itself() -> None:
+    ledger = empty().with_hint("m", 40)
+    assert ledger.expected_bytes("m", 0, 10) == 40
+    assert ledger.expected_bytes("m", 50, 10) == 50
+    measured = ledger.reserve("m", "A", 40).commit("m", 30, 0)
+    assert measured.expected_bytes("m", 0, 10) == 30
+    assert ledger.forget("m").expected_bytes("m", 0, 10) == 10
+    # A has 100, more than B, and the budget more than either.
+    assert empty().with_hint("m", 500).expected_bytes("m", 0, 10) == 100
+    assert empty().with_limits(80, CAPACITY).with_hint("m", 500).expected_bytes("m", 0, 10) == 80
+
+
 def test_a_measurement_beyond_the_budget_is_written_down_not_refused() -> None:
     ledger = empty().reserve("m", "A", 10).commit("m", 200, 0)
     assert ledger.budget_left_bytes() == -70

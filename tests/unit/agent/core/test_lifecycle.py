@@ -38,6 +38,9 @@ FAILED = Residence(ModelState.FAILED, Tier.DISK)
         pytest.param(RESIDENT, Event.GPU_LOST, HOSTED, id="host memory survives the GPU process"),
         pytest.param(PINNED, Event.GPU_LOST, HOSTED, id="pinned memory is host memory without it"),
         pytest.param(RESIDENT, Event.ALL_LOST, ABSENT, id="only the disk survives the template"),
+        pytest.param(
+            HOSTED, Event.STARVED, FAILED, id="what the kernel ended for memory is not Absent"
+        ),
         pytest.param(FAILED, Event.LOAD, LOADING, id="a failed model may be tried again"),
         pytest.param(FAILED, Event.RESET, ABSENT, id="a new config forgets the failure"),
     ],

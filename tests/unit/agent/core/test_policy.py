@@ -216,6 +216,54 @@ def step(of: Pool) -> tuple[str, str, str] | None:
             id="host memory is made by unloading what is unused",
         ),
         pytest.param(
+            [hosted("new", last_used_at=NOW - 1), hosted("old", last_used_at=NOW - 9)],
+            {"host_room_bytes": -1},
+            ("unload", "old", "HostPressure"),
+            id="near the container's limit the least recently used leaves host memory",
+        ),
+        pytest.param(
+            [hosted("high", priority=1, last_used_at=NOW - 9), hosted("low", last_used_at=NOW)],
+            {"host_room_bytes": -1},
+            ("unload", "low", "HostPressure"),
+            id="near the limit the lowest priority leaves before the least recently used",
+        ),
+        pytest.param(
+            [resident("busy", leases=1), hosted("a", queued=1, leases=1)],
+            {"host_room_bytes": -1},
+            None,
+            id="near the limit what is in use or waited for stays",
+        ),
+        pytest.param(
+            [hosted("a"), model("b", Residence(ModelState.OFFLOADING, Tier.HOST))],
+            {"host_room_bytes": -1, "groups": {"b": GroupFacts(is_busy=True)}},
+            None,
+            id="near the limit one leaves at a time",
+        ),
+        pytest.param(
+            [model("a", queued=1), hosted("b")],
+            {"host_room_bytes": GIB // 2, "learned": GIB},
+            ("unload", "b", "HostPressure"),
+            id="before a load that would reach the limit what is unused leaves",
+        ),
+        pytest.param(
+            [model("a", queued=1)],
+            {"host_room_bytes": GIB // 2, "learned": GIB},
+            ("load", "a", "Request"),
+            id="where nothing could leave it is loaded all the same",
+        ),
+        pytest.param(
+            [model("a", Residence(ModelState.FAILED, Tier.DISK), queued=1, not_before=NOW + 1)],
+            {},
+            None,
+            id="what the kernel ended is left alone for a while",
+        ),
+        pytest.param(
+            [model("a", Residence(ModelState.FAILED, Tier.DISK), queued=1, not_before=NOW)],
+            {},
+            ("load", "a", "Request"),
+            id="and then loaded again",
+        ),
+        pytest.param(
             [hosted("a")],
             {"groups": {"a": GroupFacts(has_gpu_process=True)}},
             ("end_gpu", "a", "UnusedProcess"),
@@ -246,6 +294,37 @@ def test_the_next_step(
 def test_a_decision_says_when_time_alone_brings_the_next_step() -> None:
     facts = pool([pinned("a", residency=Residency(), last_used_at=NOW - 590)])
     assert decide(facts, NOW).requeue_at == NOW + 10
+
+
+def test_a_container_with_a_limit_is_looked_at_again_while_it_holds_weights() -> None:
+    assert decide(pool([hosted("a")], host_room_bytes=GIB), NOW).requeue_at == NOW + 5
+    assert decide(pool([model("a")], host_room_bytes=GIB), NOW).requeue_at is None
+    assert decide(pool([hosted("a")]), NOW).requeue_at is None
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(-1, 1), st.integers(0, 9), st.sampled_from(["host", "vram", "busy"])),
+        max_size=6,
+    )
+)
+def test_under_pressure_models_leave_one_by_one_in_order_until_only_what_is_used_is_left(
+    rows: Any,
+) -> None:
+    models = [
+        hosted(f"m{n}", priority=priority, last_used_at=NOW - age)
+        if where == "host"
+        else resident(f"m{n}", priority=priority, last_used_at=NOW - age, leases=where == "busy")
+        for n, (priority, age, where) in enumerate(rows)
+    ]
+    left: list[ModelFacts] = []
+    while (found := decide(pool(models, host_room_bytes=-1), NOW).step) is not None:
+        assert (found.kind, found.reason) == ("unload", "HostPressure")
+        left.append(next(m for m in models if m.name == found.model))
+        models = [m for m in models if m.name != found.model]
+    assert all(m.leases for m in models)
+    keys = [(m.is_resident, m.priority, m.last_used_at) for m in left]
+    assert keys == sorted(keys)
 
 
 def test_what_an_earlier_model_waits_for_is_not_given_to_a_later_one() -> None:

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from vram_agent.cgroup import parse_memory_limit_bytes, read_memory_limit_bytes
+from vram_agent.cgroup import (
+    ContainerMemory,
+    parse_memory_limit_bytes,
+    read_memory_limit_bytes,
+)
 from vram_agent.devices.base import OutOfDeviceMemoryError, Placement
 from vram_agent.devices.cpu import (
     AnonymousMemory,
@@ -128,6 +132,45 @@ def test_the_containers_limit_is_read_from_either_version(tmp_path: Path) -> Non
     assert read_memory_limit_bytes(tmp_path) is None
 
 
+V2 = {
+    "memory.max": "1000\n",
+    "memory.current": "900\n",
+    "memory.stat": "anon 300\nfile 550\nshmem 100\ninactive_file 400\nactive_file 50\n",
+    "memory.events": "low 0\nhigh 0\nmax 12\noom 3\noom_kill 2\n",
+}
+V1 = {
+    "memory/memory.limit_in_bytes": "1000\n",
+    "memory/memory.usage_in_bytes": "900\n",
+    "memory/memory.stat": "inactive_file 1\nactive_file 1\n"
+    "total_shmem 100\ntotal_inactive_file 400\ntotal_active_file 50\n",
+    "memory/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        pytest.param(V2, (1000, 550, 2), id="v2: page cache counts as free, shared memory not"),
+        pytest.param(V1, (1000, 550, 2), id="v1: the same from the totals of its children too"),
+        pytest.param({**V2, "memory.max": "max"}, (None, None, 2), id="no limit"),
+        pytest.param({**V2, "memory.current": "1500"}, (1000, 0, 2), id="nothing is left"),
+        pytest.param({"memory.max": "1000"}, (1000, None, 0), id="files that are missing"),
+        pytest.param({**V2, "memory.stat": "odd"}, (1000, None, 2), id="a file that is odd"),
+        pytest.param({}, (None, None, 0), id="no cgroup"),
+    ],
+)
+def test_what_a_container_may_still_take(
+    tmp_path: Path, files: dict[str, str], expected: tuple[int | None, int | None, int]
+) -> None:
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    memory = ContainerMemory(tmp_path)
+    found = (memory.limit_bytes(), memory.available_bytes(), memory.oom_kills())
+    assert found == expected
+
+
 def test_mem_total_is_read_and_its_absence_told() -> None:
     assert parse_mem_total_bytes("MemTotal:       1024 kB\nMemFree: 1 kB\n") == MIB
     with pytest.raises(ValueError, match="MemTotal"):
@@ -156,14 +199,14 @@ def test_the_devices_total(tmp_path: Path, path: str, text: str, total: int) -> 
 
 def test_the_device_says_what_it_is() -> None:
     device = CpuDevice(total_bytes=MIB)
-    (report,) = device.reports([])
+    (report,) = device.reports({})
     assert (report.kind, report.total_bytes, report.used_bytes) == (DeviceKind.CPU, MIB, 0)
     assert device.residual_source() is ResidualSource.PROCESS
     assert device.baseline_bytes() == 0
     own = device.process_bytes(os.getpid())
     assert own is not None
-    assert device.reports([os.getpid()])[0].used_bytes == pytest.approx(own, rel=0.1)
-    assert device.place("") == device.place("0")
+    assert device.reports({os.getpid(): "CPU-0"})[0].used_bytes == pytest.approx(own, rel=0.1)
+    assert device.place("") == device.place("0") == device.place("CPU-0")
     with pytest.raises(NoVramError, match="device 1 does not exist"):
         device.place("1")
 

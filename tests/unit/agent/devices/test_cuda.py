@@ -65,7 +65,7 @@ def test_visible_devices(visible: str | None, chosen: list[str]) -> None:
 
 def test_reports_are_numbered_as_the_pod_sees_them() -> None:
     device = CudaDevice(two_devices(), {"CUDA_VISIBLE_DEVICES": "GPU-b"})
-    (report,) = device.reports([])
+    (report,) = device.reports({})
     assert (report.uuid, report.index, report.kind) == ("GPU-b", 0, DeviceKind.CUDA)
     assert report.total_bytes == 16 * GIB
     assert device.baseline_bytes() == 4 << 20
@@ -73,7 +73,7 @@ def test_reports_are_numbered_as_the_pod_sees_them() -> None:
 
 def test_a_slice_is_a_mig_device() -> None:
     device = CudaDevice(ScriptedDriver({"MIG-x": (GIB, 0)}), {})
-    assert device.reports([])[0].kind is DeviceKind.MIG
+    assert device.reports({})[0].kind is DeviceKind.MIG
     assert device.place("").kind is DeviceKind.MIG
 
 
@@ -81,7 +81,7 @@ def test_a_device_of_our_own_is_exclusive_while_only_we_are_on_it() -> None:
     driver = two_devices()
     device = CudaDevice(driver, {})
     driver.running["GPU-a"] = [DriverProcess(100, 5)]
-    assert all(report.exclusive for report in device.reports([7]))
+    assert all(report.exclusive for report in device.reports({7: "GPU-a"}))
     assert device.residual_source() is ResidualSource.EXCLUSIVE
 
 
@@ -89,10 +89,45 @@ def test_a_neighbour_that_was_seen_once_makes_a_device_shared_for_good() -> None
     driver = two_devices()
     device = CudaDevice(driver, {})
     driver.running["GPU-a"] = [DriverProcess(100, 5), DriverProcess(101, 5)]
-    assert [report.exclusive for report in device.reports([7])] == [False, True]
+    assert [report.exclusive for report in device.reports({7: "GPU-a"})] == [False, True]
     driver.running.clear()
-    assert [report.exclusive for report in device.reports([7])] == [False, True]
+    assert [report.exclusive for report in device.reports({7: "GPU-a"})] == [False, True]
     assert device.residual_source() is ResidualSource.SELF
+
+
+def test_a_neighbour_on_one_device_is_seen_whatever_we_run_on_another() -> None:
+    driver = two_devices()
+    device = CudaDevice(driver, {})
+    driver.running["GPU-b"] = [DriverProcess(100, 5)]
+    assert [r.exclusive for r in device.reports({7: "GPU-a", 8: "GPU-a"})] == [True, False]
+
+
+def baselines(device: CudaDevice, gpu_pids: dict[int, str]) -> list[int]:
+    return [report.baseline_bytes for report in device.reports(gpu_pids)]
+
+
+def test_before_our_first_process_the_baseline_follows_what_is_in_use() -> None:
+    driver = ScriptedDriver({"GPU-a": (16 * GIB, 3 * GIB)})
+    device = CudaDevice(driver, {})
+    assert baselines(device, {}) == [3 * GIB]
+    assert device.residual_source() is ResidualSource.SELF
+    driver.devices["GPU-a"] = (16 * GIB, 2 * GIB)
+    assert baselines(device, {}) == [2 * GIB]
+    driver.devices["GPU-a"] = (16 * GIB, 1 << 20)
+    assert baselines(device, {}) == [1 << 20]
+    assert device.residual_source() is ResidualSource.EXCLUSIVE
+
+
+def test_from_our_first_process_on_the_baseline_only_falls_and_only_without_us() -> None:
+    driver = ScriptedDriver({"GPU-a": (16 * GIB, 40 << 20)})
+    device = CudaDevice(driver, {})
+    device.place("")
+    driver.devices["GPU-a"] = (16 * GIB, 9 * GIB)
+    assert baselines(device, {7: "GPU-a"}) == [40 << 20]
+    assert baselines(device, {}) == [40 << 20]
+    driver.devices["GPU-a"] = (16 * GIB, 10 << 20)
+    assert baselines(device, {7: "GPU-a"}) == [40 << 20]
+    assert baselines(device, {}) == [10 << 20]
 
 
 @pytest.mark.parametrize(
@@ -121,10 +156,10 @@ def test_a_driver_that_stops_answering_is_unknown_until_it_answers() -> None:
     driver = two_devices()
     device = CudaDevice(driver, {})
     driver.is_lost = True
-    assert device.reports([]) == []
+    assert device.reports({}) == []
     assert device.residual_source() is ResidualSource.UNKNOWN
     driver.is_lost = False
-    assert len(device.reports([])) == 2
+    assert len(device.reports({})) == 2
     assert device.residual_source() is ResidualSource.EXCLUSIVE
 
 
@@ -148,6 +183,7 @@ def test_a_model_goes_where_most_is_free_or_where_it_is_told() -> None:
     device = CudaDevice(two_devices(), {})
     assert device.place("").uuid == "GPU-a"
     assert (device.place("1").uuid, device.place("1").index) == ("GPU-b", 1)
+    assert device.place("GPU-b") == device.place("1")
     with pytest.raises(NoVramError, match="device 2 does not exist"):
         device.place("2")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,7 +16,7 @@ from vram_agent.protocol import (
     Residency,
     Runtime,
 )
-from vram_agent.supervision.ports import LoopClock, Surroundings
+from vram_agent.supervision.ports import LoopClock, NoSizes, SizeStore, Surroundings
 from vram_agent.supervisor import Supervisor
 
 from tests.support.backend import FakeBackend
@@ -29,6 +30,7 @@ class RecordingObserver:
         self.evictions: list[tuple[str, str]] = []
         self.waits: list[tuple[str, float]] = []
         self.restarts: list[tuple[str, str]] = []
+        self.scrubs: list[int] = []
 
     def observe_transition(self, model: str, transition: str, seconds: float, outcome: str) -> None:
         self.transitions.append((model, transition, outcome))
@@ -38,6 +40,9 @@ class RecordingObserver:
 
     def observe_queue_wait(self, model: str, seconds: float) -> None:
         self.waits.append((model, seconds))
+
+    def observe_scrub(self, reclaimed_bytes: int) -> None:
+        self.scrubs.append(reclaimed_bytes)
 
     def observe_worker_restart(self, model: str, reason: str) -> None:
         self.restarts.append((model, reason))
@@ -57,19 +62,39 @@ class MemoryJournal:
         self.action = action
 
 
+@dataclass
+class ScriptedMemory:
+    """A container whose figures a test sets; by default it has no limit."""
+
+    limit: int | None = None
+    used: int = 0
+    kills: int = 0
+
+    def limit_bytes(self) -> int | None:
+        return self.limit
+
+    def available_bytes(self) -> int | None:
+        return None if self.limit is None else max(0, self.limit - self.used)
+
+    def oom_kills(self) -> int:
+        return self.kills
+
+
 class Rig:
     """A supervisor, its fake backend and what it observed."""
 
-    def __init__(self, config: AgentConfig, journal: MemoryJournal, backend: FakeBackend) -> None:
+    def __init__(self, config: AgentConfig, given: MakeRig, backend: FakeBackend) -> None:
         self.backend = backend
         self.observer = RecordingObserver()
-        self.journal = journal
+        self.journal = given.journal
         self.supervisor = Supervisor(
             config,
             Surroundings(
                 clock=LoopClock(START),
                 observer=self.observer,
-                journal=journal,
+                journal=given.journal,
+                sizes=given.sizes,
+                host=given.host,
                 pod=PodIdentity(namespace="ns", name="pod", uid="uid"),
                 version="test",
             ),
@@ -108,11 +133,13 @@ class MakeRig:
     def __init__(self) -> None:
         self.rigs: list[Rig] = []
         self.journal = MemoryJournal()
+        self.sizes: SizeStore = NoSizes()
+        self.host = ScriptedMemory()
         self.backend: FakeBackend | None = None
 
     def __call__(self, *specs: ModelSpec, attach: bool = True, **config: Any) -> Rig:
         backend = self.backend or FakeBackend()
-        rig = Rig(AgentConfig(models=list(specs), **config), self.journal, backend)
+        rig = Rig(AgentConfig(models=list(specs), **config), self, backend)
         self.rigs.append(rig)
         if attach:
             rig.attach()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from vram_agent.backend import Scrubbed
 from vram_agent.errors import ModelFailedError, NoVramError
 from vram_agent.protocol import (
     AfterTask,
+    DeviceKind,
     HostMemoryPolicy,
     LoadPolicy,
     OffloadTier,
     Residency,
+    ResidualSource,
     VramPolicy,
 )
 
@@ -21,6 +24,7 @@ from tests.unit.agent.supervisor.conftest import MakeRig, spec
 pytestmark = pytest.mark.looptime
 
 KEEP = Residency(after_task=AfterTask.KEEP, idle_timeout_seconds=0)
+LET_GO = Residency(after_task=AfterTask.OFFLOAD, idle_timeout_seconds=0)
 ONE_AT_A_TIME = VramPolicy(budget="1Gi", headroom="0")
 
 
@@ -108,24 +112,60 @@ async def test_the_budget_binds_on_the_larger_of_declared_and_measured_bytes(
     assert rig.observer.evictions == [("declared", "Evicted")]
 
 
+@pytest.mark.parametrize("residency", [KEEP, LET_GO])
 @pytest.mark.parametrize(
     ("keep", "after", "later"),
     [
         pytest.param(0, "Offloaded/PinnedHost", "Offloaded/PinnedHost", id="zero offloads at once"),
         pytest.param(-1, "Resident/VRAM", "Resident/VRAM", id="minus one keeps"),
         pytest.param(5, "Resident/VRAM", "Offloaded/PinnedHost", id="five keeps for five seconds"),
-        pytest.param(None, "Resident/VRAM", "Resident/VRAM", id="none leaves it to the spec"),
     ],
 )
-async def test_keep_alive_overrides_after_task(
-    make_rig: MakeRig, keep: float | None, after: str, later: str
+async def test_keep_alive_overrides_after_task_whatever_that_says(
+    make_rig: MakeRig, residency: Residency, keep: float, after: str, later: str
 ) -> None:
-    rig = make_rig(spec("a", residency=KEEP))
+    rig = make_rig(spec("a", residency=residency))
     await rig.ask("a", keep=keep)
-    await rig.settle(1)
+    await rig.settle(4.9)
     assert rig.state("a") == after
-    await rig.settle(10)
+    await rig.settle(0.2)
     assert rig.state("a") == later
+    await rig.settle(100)
+    assert rig.state("a") == later
+
+
+async def test_each_request_decides_anew_and_one_that_says_nothing_leaves_it_to_the_spec(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a", residency=LET_GO), spec("b", residency=KEEP))
+    await rig.ask("a", keep=5)
+    await rig.settle(4)
+    await rig.ask("a", keep=5)
+    await rig.settle(4)
+    assert rig.state("a") == "Resident/VRAM"
+    await rig.ask("a")
+    await rig.settle(0.1)
+    assert rig.state("a") == "Offloaded/PinnedHost"
+    await rig.ask("b", keep=0)
+    await rig.settle(0.1)
+    assert rig.state("b") == "Offloaded/PinnedHost"
+    await rig.ask("b")
+    await rig.settle(100)
+    assert rig.state("b") == "Resident/VRAM"
+
+
+async def test_a_model_that_is_kept_alive_is_evicted_all_the_same_and_sinks_when_idle(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a", stay={"idle_timeout_seconds": 60}), spec("b"), vram=ONE_AT_A_TIME)
+    await rig.ask("a", keep=-1)
+    await rig.ask("b")
+    assert rig.observer.evictions == [("a", "Evicted")]
+    await rig.ask("a", keep=-1)
+    await rig.settle(59)
+    assert rig.state("a") == "Resident/VRAM"
+    await rig.settle(2)
+    assert rig.state("a") == "Offloaded/Host"
 
 
 async def test_an_idle_model_sinks_to_its_idle_tier_and_comes_back(make_rig: MakeRig) -> None:
@@ -321,19 +361,130 @@ async def test_the_host_budget_unloads_what_is_unused(make_rig: MakeRig) -> None
     assert (rig.state("a"), rig.state("b")) == ("Offloaded/PinnedHost", "Absent/Disk")
 
 
-async def test_models_are_placed_where_most_is_free_or_where_they_say(make_rig: MakeRig) -> None:
-    make_rig.backend = FakeBackend(total_bytes=3 * GIB, devices=2)
+@pytest.mark.parametrize("kind", [DeviceKind.CUDA, DeviceKind.MIG])
+async def test_models_go_where_they_fit_best_and_the_processes_go_with_them(
+    make_rig: MakeRig, kind: DeviceKind
+) -> None:
+    make_rig.backend = FakeBackend()
+    make_rig.backend.kind = kind
+    make_rig.backend.totals = [10 * GIB, 3 * GIB]
     rig = make_rig(
-        spec("a", residency=KEEP),
-        spec("b", residency=KEEP),
-        spec("c", device="0", residency=KEEP),
-        vram=VramPolicy(headroom="0"),
+        spec("small", vram="1Gi", residency=KEEP),
+        spec("large", vram="9Gi", residency=KEEP),
+        spec("told", device="1", residency=KEEP),
+        vram=VramPolicy(headroom="512Mi"),
+    )
+    for name in ("small", "large", "told"):
+        await rig.ask(name)
+    where = {name: rig.backend.groups[name].device for name in ("small", "large", "told")}
+    assert where == {"small": 1, "large": 0, "told": 1}
+    charges = rig.supervisor._fleet.vram.charges
+    assert {name: charges[name].device for name in where} == {
+        "small": "FAKE-1",
+        "large": "FAKE-0",
+        "told": "FAKE-1",
+    }
+    assert rig.observer.evictions == []
+
+
+async def test_the_headroom_is_kept_free_on_each_device(make_rig: MakeRig) -> None:
+    make_rig.backend = FakeBackend(total_bytes=2 * GIB, devices=2)
+    rig = make_rig(
+        *(spec(name, vram="1Gi", residency=KEEP) for name in "abc"),
+        vram=VramPolicy(headroom="512Mi"),
     )
     for name in "abc":
         await rig.ask(name)
-    charges = rig.supervisor._fleet.vram.charges
-    assert {charges["a"].device, charges["b"].device} == {"FAKE-0", "FAKE-1"}
-    assert charges["c"].device == "FAKE-0"
+        await rig.settle(1)
+    assert [rig.state(name) for name in "abc"].count("Resident/VRAM") == 2
+    assert {rig.backend.groups[name].device for name in "bc"} == {0, 1}
+    assert rig.observer.evictions == [("a", "Evicted")]
+
+
+async def test_a_model_without_a_gpu_process_is_placed_anew(make_rig: MakeRig) -> None:
+    make_rig.backend = FakeBackend(total_bytes=2 * GIB, devices=2)
+    rig = make_rig(
+        spec("a", stay={"offload_tier": OffloadTier.HOST}),
+        spec("b", device="0", residency=KEEP),
+        vram=VramPolicy(headroom="0"),
+    )
+    await rig.ask("a")
+    await rig.settle(1)
+    busy = rig.ask("b", seconds=60.0)
+    await rig.settle(1)
+    await rig.ask("a")
+    assert rig.backend.groups["a"].device == 1
+    assert not busy.done()
+    await busy
+
+
+async def test_a_pinned_model_leaves_a_full_device_for_one_with_room(make_rig: MakeRig) -> None:
+    make_rig.backend = FakeBackend(total_bytes=3 * GIB, devices=2)
+    rig = make_rig(
+        spec("a", vram="2Gi"),
+        spec("b", vram="2Gi", device="0", residency=KEEP),
+        vram=VramPolicy(headroom="0"),
+    )
+    await rig.ask("a")
+    await rig.settle(1)
+    assert (rig.state("a"), rig.backend.groups["a"].device) == ("Offloaded/PinnedHost", 0)
+    busy = rig.ask("b", seconds=60.0)
+    await rig.settle(1)
+    await rig.ask("a")
+    assert (rig.backend.groups["a"].device, busy.done()) == (1, False)
+    assert rig.backend.count("end_gpu") == 1
+    await busy
+
+
+async def test_models_of_a_group_share_one_gpu_process_and_keep_their_own_tiers(
+    make_rig: MakeRig,
+) -> None:
+    make_rig.backend = FakeBackend(total_bytes=10 * GIB, devices=2)
+    rig = make_rig(
+        spec("a", group="g", device="1", residency=KEEP), spec("b", group="g", residency=KEEP)
+    )
+    await asyncio.gather(rig.ask("a"), rig.ask("b"))
+    await rig.settle(1)
+    assert list(rig.backend.groups) == ["group:g"]
+    assert (rig.state("a"), rig.state("b")) == ("Resident/VRAM", "Resident/VRAM")
+    assert rig.backend.groups["group:g"].device == 1
+    pid = rig.backend.groups["group:g"].gpu_pid
+    await rig.supervisor.offload("a")
+    assert (rig.state("a"), rig.state("b")) == ("Offloaded/PinnedHost", "Resident/VRAM")
+    assert rig.backend.groups["group:g"].gpu_pid == pid
+    report = rig.supervisor.report()
+    assert [m.vram_bytes for m in report.models] == [0, GIB]
+    assert report.memory.residual_bytes == CONTEXT_BYTES
+
+
+async def test_a_device_that_the_pod_does_not_have_is_named_before_anything_is_loaded(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a", device="7"))
+    with pytest.raises(NoVramError, match=r"asks for device 7; this pod has 1, numbered from 0"):
+        await rig.ask("a")
+    assert rig.backend.calls == []
+
+
+async def test_of_two_devices_only_the_one_that_refused_is_doubted(make_rig: MakeRig) -> None:
+    make_rig.backend = FakeBackend(total_bytes=4 * GIB, devices=2)
+    rig = make_rig(spec("a", vram="1Gi", residency=KEEP), vram=VramPolicy(headroom="0"))
+    rig.backend.script.fail("restore", "a", NoVramError("CUDA out of memory"))
+    assert await rig.ask("a")
+    assert rig.backend.groups["a"].device == 1
+    assert rig.backend.count("restore", "a") == 2
+
+
+async def test_what_a_load_says_is_in_the_report(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a"))
+    rig.backend.script.messages["a"] = "2 tensors were left alone: sparse"
+    rig.backend.script.seconds = {"restore": 5.0}
+    request = rig.ask("a")
+    await rig.settle(1)
+    transition = rig.supervisor.model("a").report.last_transition
+    assert transition is not None
+    assert (transition.kind, transition.message) == ("load", "2 tensors were left alone: sparse")
+    await request
 
 
 async def test_scrub_waits_for_the_task_and_leaves_the_model_resident(make_rig: MakeRig) -> None:
@@ -344,6 +495,81 @@ async def test_scrub_waits_for_the_task_and_leaves_the_model_resident(make_rig: 
     assert task.done()
     assert rig.backend.count("scrub") == 1
     assert report.models[0].state == "Resident"
+
+
+@pytest.mark.parametrize(
+    ("source", "used", "other_processes"),
+    [
+        pytest.param(
+            ResidualSource.EXCLUSIVE,
+            GIB + 2 * CONTEXT_BYTES + 5 * GIB,
+            5 * GIB,
+            id="Exclusive counts all that came into use on the pod's devices",
+        ),
+        pytest.param(
+            ResidualSource.SELF,
+            GIB + 2 * CONTEXT_BYTES,
+            0,
+            id="Self counts our own processes and nobody else on the device",
+        ),
+    ],
+)
+async def test_over_several_devices_the_source_says_what_counts(
+    make_rig: MakeRig, source: ResidualSource, used: int, other_processes: int
+) -> None:
+    make_rig.backend = FakeBackend(total_bytes=20 * GIB, devices=2)
+    make_rig.backend.source = source
+    make_rig.backend.baselines = {0: GIB, 1: 2 * GIB}
+    rig = make_rig(spec("a", device="0", residency=KEEP), spec("b", device="1"))
+    await asyncio.gather(rig.ask("a"), rig.ask("b"))
+    await rig.settle(1)
+    # Strangers come to one device after us: 5 GiB.
+    make_rig.backend.later_bytes = {1: 5 * GIB}
+    report = rig.supervisor.report()
+    memory = report.memory
+    assert (memory.source, memory.used_bytes, memory.model_bytes) == (source, used, GIB)
+    assert memory.classes.other_processes == other_processes
+    assert memory.residual_bytes == used - GIB
+    assert [device.baseline_bytes for device in report.devices] == [GIB, 2 * GIB]
+    assert [device.exclusive for device in report.devices] == [source != "Self"] * 2
+
+
+async def test_an_offload_says_what_its_scrub_gave_back(
+    make_rig: MakeRig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rig = make_rig(spec("a"))
+    assert rig.supervisor.report().memory.last_scrub is None
+    rig.backend.script.scrubbed = Scrubbed(before_bytes=700, after_bytes=300)
+    await rig.ask("a")
+    await rig.settle(1)
+    scrub = rig.supervisor.report().memory.last_scrub
+    assert scrub is not None
+    assert (scrub.before_bytes, scrub.after_bytes, scrub.reclaimed_bytes) == (700, 300, 400)
+    assert scrub.at == "2026-01-01T00:00:00.000Z"
+    assert rig.observer.scrubs == [400]
+    (line,) = (text for text in capsys.readouterr().out.splitlines() if "PinnedHost" in text)
+    assert "scrub_before_bytes=700" in line
+    assert "scrub_after_bytes=300" in line
+
+
+async def test_a_scrub_by_hand_answers_with_what_all_processes_gave_back(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a", residency=KEEP), spec("b", residency=KEEP))
+    await asyncio.gather(rig.ask("a"), rig.ask("b"))
+    rig.backend.script.scrubbed = Scrubbed(before_bytes=700, after_bytes=300)
+    scrub = (await rig.supervisor.scrub()).memory.last_scrub
+    assert scrub is not None
+    assert (scrub.before_bytes, scrub.after_bytes, scrub.reclaimed_bytes) == (1400, 600, 800)
+    assert rig.observer.scrubs == [400, 400]
+
+
+async def test_a_scrub_during_which_more_was_taken_reclaimed_nothing(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a"))
+    rig.backend.script.scrubbed = Scrubbed(before_bytes=300, after_bytes=700)
+    await rig.ask("a")
+    await rig.settle(1)
+    assert rig.observer.scrubs == [0]
 
 
 async def test_the_report_accounts_for_models_and_residual(make_rig: MakeRig) -> None:

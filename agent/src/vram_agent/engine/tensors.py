@@ -16,6 +16,7 @@ import torch
 
 from vram_agent.engine.discovery import Found, walk
 from vram_agent.engine.rules import TensorRule, TensorRules
+from vram_agent.engine.script import find_script_tensors
 
 WANTED = "its rule is leave"
 
@@ -89,20 +90,23 @@ class Tensors:
     left: list[LeftAlone] = field(default_factory=list)
 
 
-def find_tensors(root: object) -> Iterator[Found]:
-    """Yield every tensor object that hangs off ``root``, each once."""
+def find_tensors(root: object, *, reads_graphs: bool = True) -> Iterator[Found]:
+    """Yield every tensor object that hangs off ``root``, each once.
+
+    ``reads_graphs``: those of TorchScript too, whose graphs take a while to read.
+    """
     seen: set[int] = set()
     for found in walk(root, _is_leaf, _drop_cached_device):
         if isinstance(found.value, torch.Tensor):
             seen.add(id(found.value))
             yield found
             continue
-        # A ScriptModule keeps its tensors in C++, where no walk over attributes comes.
-        script = found.value
-        for name, tensor in [*script.named_parameters(), *script.named_buffers()]:
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield Found(f"{found.path}.{name}", tensor)
+        if reads_graphs:
+            for name, value in find_script_tensors(found.value):
+                for inner in walk(value, lambda leaf: isinstance(leaf, torch.Tensor)):
+                    if id(inner.value) not in seen:
+                        seen.add(id(inner.value))
+                        yield Found(f"{found.path}.{name}", inner.value)
 
 
 def find_graph(root: object) -> str:

@@ -132,7 +132,7 @@ class TorchWeights:
         notes: list[str] = []
         if self._memory is not None and (words := self._memory.explain_copies()):
             notes.append(words)
-        found = list(find_tensors(self._root))
+        found = list(find_tensors(self._root, reads_graphs=False))
         self._views = self._find_views(found)
         is_view = {id(view.tensor) for view in self._views}
         if words := self._strays.park(one for one in found if id(one.value) not in is_view):

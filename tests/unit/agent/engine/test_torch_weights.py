@@ -230,3 +230,24 @@ def test_a_script_module_is_found_too(arena: Arena) -> None:
     assert weights.weight_bytes > 0
     weights.restore(open_memory(), 1)
     assert script(torch.tensor([1.0, 1.0])).tolist() == [3, 7]
+
+
+def test_a_frozen_script_module_within_plain_objects_moves_with_its_constants(
+    arena: Arena,
+) -> None:
+    linear = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        linear.bias.zero_()
+    with pytest.warns(DeprecationWarning, match="jit"):
+        frozen = torch.jit.freeze(torch.jit.script(linear.eval()))
+    root = SimpleNamespace(layers=[{"frozen": frozen}])
+    weights = TorchWeights(root, arena)
+    # Its weight and its bias, which are parameters no more.
+    assert weights.weight_bytes == 2 * 512
+    weights.restore(open_memory(), 1)
+    assert frozen(torch.tensor([1.0, 1.0])).tolist() == [3, 7]
+    assert weights.offload().message == ""
+    # Nothing but the arena holds the values: without it they are gone.
+    weights.release()
+    assert frozen(torch.tensor([1.0, 1.0])).tolist() == [0, 0]

@@ -54,7 +54,7 @@ def _choose_sizes(device: Device, preference: DevicePreference, record: Record) 
     free_bytes = _free_host_bytes()
     room_bytes = SHARE_OF_FREE * free_bytes / COPIES_IN_HOST_MEMORY[preference]
     if preference is DevicePreference.CUDA:
-        (report, *_) = device.reports([])
+        (report, *_) = device.reports({})
         room_bytes = min(room_bytes, SHARE_OF_FREE * (report.total_bytes - report.used_bytes))
     fitting = [size for size in SIZES_GIB if size * GIB <= room_bytes]
     chosen = fitting or [max(1 / 64, 2 ** (int(room_bytes / GIB * 64).bit_length() - 1) / 64)]

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 from vram_agent.devices import select_device
 from vram_agent.devices.cpu import measure_private_anonymous_bytes
+from vram_agent.devices.cuda import measure_used_bytes
 from vram_agent.protocol import DeviceKind, DevicePreference
 
 from bench.matmul import BATCHES, ROWS
@@ -19,11 +20,12 @@ def measure(device: str, path: str) -> dict[str, Any]:
     """Return the process's device bytes with the session after its runs, and without it."""
     chosen = select_device(DevicePreference(device))
     baseline_bytes = chosen.baseline_bytes()
+    placement = chosen.place("")
 
     def used_bytes() -> int:
-        if chosen.place("").kind is DeviceKind.CPU:
+        if placement.kind is DeviceKind.CPU:
             return measure_private_anonymous_bytes(os.getpid()) or 0
-        return sum(one.used_bytes for one in chosen.reports([os.getpid()])) - baseline_bytes
+        return (measure_used_bytes(placement.uuid) or 0) - baseline_bytes
 
     providers = (
         ["CPUExecutionProvider"]

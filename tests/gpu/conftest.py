@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from vram_agent.backend import ProcessExit
-from vram_agent.devices.cuda import CudaDevice, NoCudaDeviceError
+from vram_agent.devices.cuda import CudaDevice, NoCudaDeviceError, measure_used_bytes
 from vram_agent.processes.group import ProcessBackend, ProcessGroup
 
 MIB = 1 << 20
@@ -31,12 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Driver:
     """The device as the driver sees it, beyond what was in use when the test began."""
 
-    def __init__(self, device: CudaDevice) -> None:
-        self.device = device
+    def __init__(self, uuid: str) -> None:
+        self._uuid = uuid
         self._begin_bytes = self._used_bytes()
 
     def _used_bytes(self) -> int:
-        return sum(one.used_bytes for one in self.device.reports([]))
+        used_bytes = measure_used_bytes(self._uuid)
+        assert used_bytes is not None
+        return used_bytes
 
     @property
     def held_bytes(self) -> int:
@@ -64,7 +66,7 @@ def cuda() -> CudaDevice:
 
 @pytest.fixture
 def driver(cuda: CudaDevice) -> Driver:
-    return Driver(cuda)
+    return Driver(cuda.place("").uuid)
 
 
 @pytest.fixture

@@ -246,10 +246,10 @@ def test_a_process_is_read_again_once_it_has_run(monkeypatch: pytest.MonkeyPatch
         assert before_bytes is not None
         for _ in range(3):
             assert device.process_bytes(process.pid) == before_bytes
-            assert device.reports([process.pid])[0].used_bytes == before_bytes
+            assert device.reports({process.pid: "CPU-0"})[0].used_bytes == before_bytes
         assert readings == [process.pid]
         take(32 * MIB)
-        after_bytes = device.reports([process.pid])[0].used_bytes
+        after_bytes = device.reports({process.pid: "CPU-0"})[0].used_bytes
         assert after_bytes - before_bytes == pytest.approx(32 * MIB, abs=MIB)
         assert len(readings) == 2
         process.stdin.close()

@@ -165,6 +165,7 @@ class Core:
             self.call(drain)
         self.request_stop()
         self._thread.join()
+        self._join_workers()
 
     def request_stop(self) -> None:
         """End soon, without waiting: for a Manager that nobody refers to any more. Idempotent."""
@@ -181,8 +182,11 @@ class Core:
         self.request_stop()
         if os.getpid() == self._pid:
             self._thread.join(EXIT_SECONDS)
-            for worker in (self._backend.workers.moves, self._backend.workers.factories):
-                worker.join(EXIT_SECONDS)
+            self._join_workers()
+
+    def _join_workers(self) -> None:
+        for worker in (self._backend.workers.moves, self._backend.workers.factories):
+            worker.join(EXIT_SECONDS)
 
     # --- the loop's thread
 

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from vram_agent import __version__
 from vram_agent.cgroup import read_memory_limit_bytes
@@ -72,7 +72,7 @@ class Core:
                 f"neither its threads nor its device: make a Manager in each process"
             )
         if self._is_closed:
-            raise RuntimeError("this Manager is closed; make a new one")
+            self._refuse("this Manager is closed; make a new one")
 
     def ask(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         """Begin work on the loop. Raises RuntimeError after the end."""
@@ -89,7 +89,16 @@ class Core:
         try:
             return answer.result()
         except CancelledError:
-            raise RuntimeError("the Manager was closed meanwhile") from None
+            self._refuse("the Manager was closed meanwhile")
+
+    def _refuse(self, words: str) -> NoReturn:
+        """Raise RuntimeError, but in a daemon thread while the interpreter exits.
+
+        Such a thread is about to end wherever it is, and its error would only be printed.
+        """
+        if self._is_exiting and threading.current_thread().daemon:
+            threading.Event().wait()
+        raise RuntimeError(words) from None
 
     def enter(self, ticket: Ticket) -> Future[object]:
         """Begin a use; the future has the object once it is resident.

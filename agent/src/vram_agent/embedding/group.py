@@ -92,28 +92,28 @@ class EmbeddedGroup:
 
     async def restore(self, name: str) -> Moved:  # noqa: ARG002 - a group has one model
         """Bring the model onto the device; call its factory first if there is no object."""
-        return await self._alone(self._restore())
+        return await self._alone(self._restore)
 
     async def offload(self, name: str) -> Moved:  # noqa: ARG002 - a group has one model
         """Take the weights off the device and scrub; the object stays."""
-        return await self._alone(self._move(self._model.offload))
+        return await self._alone(lambda: self._move(self._model.offload))
 
     async def scrub(self) -> Scrubbed:
         """Collect garbage and empty caches."""
-        before_bytes, after_bytes = await self._alone(self._move(self._model.scrub))
+        before_bytes, after_bytes = await self._alone(lambda: self._move(self._model.scrub))
         return Scrubbed(before_bytes=before_bytes, after_bytes=after_bytes)
 
     async def unload(self, name: str) -> None:  # noqa: ARG002 - a group has one model
         """Drop the object."""
-        await self._alone(self._drop())
+        await self._alone(self._drop)
 
     async def end_gpu(self) -> None:
         """Drop the object: there is no process to end."""
-        await self._alone(self._drop())
+        await self._alone(self._drop)
 
     async def close(self) -> None:
         """Drop the object, but for one in use: whoever has it keeps it, and its memory."""
-        await self._alone(self._drop())
+        await self._alone(self._drop)
         self._backend.forget_group(self)
 
     async def run(self, name: str, task: Task) -> TaskResult:
@@ -164,12 +164,12 @@ class EmbeddedGroup:
         memory = await self._backend.ensure_memory()
         return await self._backend.workers.moves.run(lambda: work(memory))
 
-    async def _alone(self, work: Coroutine[Any, Any, T]) -> T:
+    async def _alone(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """One transition at a time; a cancelled caller gives up the answer, not the transition."""
 
         async def locked() -> T:
             async with self._lock:
-                return await work
+                return await work()
 
         task = asyncio.ensure_future(locked())
         self._tasks.add(task)

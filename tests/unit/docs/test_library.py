@@ -24,9 +24,9 @@ EXAMPLES: list[tuple[str, str]] = re.findall(
 
 def documented(after: str) -> dict[str, str]:
     """The table after a line of the page: option → what its second column says."""
-    section = PAGE[PAGE.index(after) :]
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", section[: section.index("\n\n", 400)], re.M)
-    return dict(rows)
+    table = re.search(r"(?:^\|.*\n)+", PAGE[PAGE.index(after) :], re.MULTILINE)
+    assert table is not None
+    return dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", table[0], re.MULTILINE))
 
 
 def test_every_block_of_python_is_run() -> None:

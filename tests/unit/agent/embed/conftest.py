@@ -13,18 +13,18 @@ from vram_agent import Manager
 from vram_agent.protocol import ModelReport, Report
 
 DEADLINE_SECONDS = 60.0
-SIZE = 2048
-WEIGHT_BYTES = 2 * (SIZE * SIZE + SIZE) * 4
+SMALL, LARGE = 256, 2048
+LARGE_BYTES = 2 * (LARGE * LARGE + LARGE) * 4
 
 
 class Model(torch.nn.Module):
-    """Two layers, 32 MiB; what it answers depends on every weight."""
+    """Two layers; what it answers depends on every weight."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, size: int = SMALL) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.first = torch.nn.Linear(SIZE, SIZE)
-        self.second = torch.nn.Linear(SIZE, SIZE)
+        self.first = torch.nn.Linear(size, size)
+        self.second = torch.nn.Linear(size, size)
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.second(torch.relu(self.first(value)))
@@ -32,19 +32,19 @@ class Model(torch.nn.Module):
 
     def ask(self) -> torch.Tensor:
         with torch.no_grad():
-            return self(torch.linspace(-1, 1, SIZE)[None])  # type: ignore[no-any-return]
+            return self(torch.linspace(-1, 1, self.first.in_features)[None])  # type: ignore[no-any-return]
 
 
 class Factory:
     """Makes models and counts them."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    def __init__(self, seed: int = 0, size: int = SMALL) -> None:
+        self.seed, self.size = seed, size
         self.calls = 0
 
     def __call__(self) -> Model:
         self.calls += 1
-        return Model(self.seed)
+        return Model(self.seed, self.size)
 
 
 def when(manager: Manager, is_so: Callable[[Report], bool]) -> Report:

@@ -13,7 +13,8 @@ from vram_agent.protocol import AgentMode, ResidualSource
 
 from tests import models
 from tests.unit.agent.embed.conftest import (
-    WEIGHT_BYTES,
+    LARGE,
+    LARGE_BYTES,
     Factory,
     MakeManager,
     Model,
@@ -50,7 +51,7 @@ def test_answers_are_the_same_bits_after_each_way_back(manager: Manager) -> None
 
 
 def test_the_devices_figure_rises_with_a_use_and_falls_after_it(manager: Manager) -> None:
-    manager.register("a", Factory())
+    manager.register("a", Factory(size=LARGE))
     with manager.use("a"):
         pass
     when_idle(manager)
@@ -59,12 +60,12 @@ def test_the_devices_figure_rises_with_a_use_and_falls_after_it(manager: Manager
         during_bytes = held_bytes()
         report = manager.report()
     after = when_idle(manager)
-    assert during_bytes - before_bytes > 0.9 * WEIGHT_BYTES
-    assert held_bytes() - before_bytes < 0.1 * WEIGHT_BYTES
-    assert report.memory.model_bytes >= WEIGHT_BYTES
-    assert report.devices[0].used_bytes - after.devices[0].used_bytes > 0.9 * WEIGHT_BYTES
+    assert during_bytes - before_bytes > 0.9 * LARGE_BYTES
+    assert held_bytes() - before_bytes < 0.1 * LARGE_BYTES
+    assert report.memory.model_bytes >= LARGE_BYTES
+    assert report.devices[0].used_bytes - after.devices[0].used_bytes > 0.9 * LARGE_BYTES
     assert after.memory.model_bytes == 0
-    assert after.memory.host_bytes >= WEIGHT_BYTES
+    assert after.memory.host_bytes >= LARGE_BYTES
 
 
 def test_what_the_process_held_before_is_not_the_managers(make_manager: MakeManager) -> None:

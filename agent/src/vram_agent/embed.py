@@ -107,7 +107,9 @@ class Manager:
         _send_logs_to_logging()
         device = select_device(config.device)
         for name, value in device.environment().items():
-            os.environ.setdefault(name, value)
+            # The driver reads its variables at its first call; malloc has read its own long ago.
+            if name.startswith("CUDA_"):
+                os.environ.setdefault(name, value)
         self._core = Core(config, device)
         # Not at exit, where the core ends by itself and waits for its thread.
         weakref.finalize(self, self._core.request_stop).atexit = False

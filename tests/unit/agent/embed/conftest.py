@@ -52,7 +52,7 @@ def when(manager: Manager, is_so: Callable[[Report], bool]) -> Report:
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not is_so(report := manager.report()):
         assert time.monotonic() < deadline, report
-        time.sleep(0.005)
+        time.sleep(0.02)
     return report
 
 

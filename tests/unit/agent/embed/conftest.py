@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -100,6 +101,13 @@ class Background:
 
 
 MakeManager = Callable[..., Manager]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leaves_nothing_to_collect() -> Iterator[None]:
+    """Other tests count descriptors, and a model that a test kept has one until it is collected."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture

@@ -197,5 +197,5 @@ class Keeper:
 
     def _advance(self, event: ChildEvent, **words: str) -> None:
         before, self.state = self.state, decide_child_state(self.state, event)
-        _log.info("child", was=before.value, state=self.state.value, event_=event.value, **words)
+        _log.info("child", was=before.value, state=self.state.value, cause=event.value, **words)
         self._changed.set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from datetime import datetime
 from typing import Final
 
 from vram_agent.core.quiet import UNMEASURED, Quiet, compute_tree_report
@@ -38,6 +39,9 @@ class Watch:
         self._is_ready = False
         self._idle_changed = asyncio.Event()
         self.meter: Meter | None = None
+        self.observed_at: datetime | None = None
+        """When the last look was; an agent whose looks hang must not seem to report anew."""
+        self.idle_since: datetime | None = None
 
     @property
     def has_probe(self) -> bool:
@@ -65,7 +69,7 @@ class Watch:
 
     def note_start(self) -> None:
         """Take note of a new process: nothing is known of it."""
-        self._quiet = self._quiet.renewed()
+        self._take(self._quiet.renewed())
         self.note_resumed()
 
     def note_resumed(self) -> None:
@@ -102,19 +106,20 @@ class Watch:
             url = self._policy.idle.http
             answer = await self._probes.is_idle(url) if url and pid else None
             self._measurement = await asyncio.to_thread(self.meter.measure, self._clock.monotonic())
+            self.observed_at = self._clock.now()
             if pid != self._keeper.pid:
                 return  # half of the figures are another process's
             match self._keeper.state:
                 case ChildState.RUNNING if self._is_ready:
-                    self._quiet = self._quiet.noted(self._measurement.look, answer=answer)
+                    self._take(self._quiet.noted(self._measurement.look, answer=answer))
                 case ChildState.DRAINING:
                     # A drain is waited for, and teaches nothing: the baseline stays.
                     baseline = self._quiet.baseline_bytes
                     noted = self._quiet.noted(self._measurement.look, answer=answer)
                     has_learned = self._quiet.has_learned
-                    self._quiet = replace(noted, baseline_bytes=baseline, has_learned=has_learned)
+                    self._take(replace(noted, baseline_bytes=baseline, has_learned=has_learned))
                 case _:
-                    self._quiet = self._quiet.disturbed()
+                    self._take(self._quiet.disturbed())
             self._idle_changed.set()
 
     async def wait_idle(self) -> None:
@@ -124,3 +129,10 @@ class Watch:
             await self._idle_changed.wait()
             if self._quiet.is_idle or not self._keeper.pid:
                 return
+
+    def _take(self, quiet: Quiet) -> None:
+        self._quiet = quiet
+        if not quiet.is_idle:
+            self.idle_since = None
+        elif self.idle_since is None:
+            self.idle_since = self._clock.now()

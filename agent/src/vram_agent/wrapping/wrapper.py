@@ -75,7 +75,6 @@ class Wrapper:
         self._is_closed = False
         self._boot_id = uuid4().hex
         self._started_at = format_time(self._clock.now())
-        self._idle_since: str | None = None
         self._sequence = 0
 
     async def keep(self, device: Device) -> int:
@@ -142,9 +141,7 @@ class Wrapper:
     def report(self) -> Report:
         """Return the report of the last look; each call counts ``sequence`` up."""
         self._sequence += 1
-        now = format_time(self._clock.now())
-        is_idle = self._watch.is_idle
-        self._idle_since = (self._idle_since or now) if is_idle else None
+        idle_since = self._watch.idle_since
         return Report(
             agent=AgentIdentity(
                 version=self._surroundings.version,
@@ -155,13 +152,13 @@ class Wrapper:
                 pod=self._surroundings.pod,
             ),
             sequence=self._sequence,
-            observed_at=now,
+            observed_at=format_time(self._watch.observed_at or self._clock.now()),
             config_generation=self._config.metadata.generation,
             devices=self._watch.devices(),
             memory=self._watch.memory(),
             models=[],
-            idle=is_idle,
-            idle_since=self._idle_since,
+            idle=self._watch.is_idle,
+            idle_since=None if idle_since is None else format_time(idle_since),
             draining=self._drain.is_on,
             action=self._actions.last,
         )

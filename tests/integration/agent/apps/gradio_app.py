@@ -1,4 +1,4 @@
-"""A real Gradio application whose button leaks: its port as argument, nothing of the agent in it."""
+"""A real Gradio application whose button leaks; its port is the argument."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ def count_fds() -> int:
 
 @pytest.fixture(autouse=True)
 def _leaks_no_descriptor() -> Iterator[None]:
+    gc.collect()  # what earlier tests left to the collector is not this one's
     before = count_fds()
     yield
     assert count_fds() == before

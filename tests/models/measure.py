@@ -2,8 +2,8 @@
 
     python -m tests.models.measure
 
-Exists so that a claim about accuracy has a command. Run by hand after `make_whisper` and
-`make_onnx` with their default recipes, on the machine that ran them: the recipes and the library
+Exists so that a claim about accuracy has a command. Run by hand after `make_whisper`, `make_funasr`
+and `make_onnx` with their default recipes, on the machine that ran them: the recipes and the library
 versions that `data/MANIFEST.json` records are the ones in force here. Needs espeak-ng, and minutes.
 """
 
@@ -27,7 +27,7 @@ import torch
 import whisper
 
 from . import DIGITS as DIGITS_MODEL
-from . import MANIFEST, WHISPER, make_onnx, make_whisper
+from . import FUNASR, MANIFEST, WHISPER, make_funasr, make_onnx, make_whisper
 from .speech import (
     DIGITS,
     HELD_OUT_ACCENTS_POOL,
@@ -63,7 +63,7 @@ def count_edits(wanted: Sequence[str], got: Sequence[str]) -> int:
     return row[-1]
 
 
-def measure_whisper(model: Any) -> dict[str, Any]:
+def measure_phrases(transcribe: Callable[[Samples], str]) -> dict[str, Any]:
     """Words right, for each kind of held-out phrase."""
     rng = Random(5)
     clean = build_corpus(PHRASES, seed=99, pool=HELD_OUT_POOL)
@@ -74,11 +74,15 @@ def measure_whisper(model: Any) -> dict[str, Any]:
     steady = build_corpus(PHRASES // 2, seed=96, pool=STEADY_POOL, most_words=4)
     short = [item for item in clean if len(item.words) <= 4]
     return {
-        "held-out voices, clean": score_phrases(model, [_pad(item) for item in clean]),
-        "held-out voices, clean, up to 4 words": score_phrases(model, [_pad(i) for i in short]),
-        "held-out voices, noise and gain": score_phrases(model, noisy),
-        "held-out voices and accents, clean": score_phrases(model, [_pad(i) for i in accents]),
-        "m4, f3, Mike, Alex, clean, up to 4 words": score_phrases(model, [_pad(i) for i in steady]),
+        "held-out voices, clean": score_phrases(transcribe, [_pad(item) for item in clean]),
+        "held-out voices, clean, up to 4 words": score_phrases(
+            transcribe, [_pad(i) for i in short]
+        ),
+        "held-out voices, noise and gain": score_phrases(transcribe, noisy),
+        "held-out voices and accents, clean": score_phrases(transcribe, [_pad(i) for i in accents]),
+        "m4, f3, Mike, Alex, clean, up to 4 words": score_phrases(
+            transcribe, [_pad(i) for i in steady]
+        ),
     }
 
 
@@ -86,12 +90,14 @@ def _pad(item: Utterance) -> Utterance:
     return dataclasses.replace(item, samples=np.pad(item.samples, SAMPLE_RATE_HZ // 5))
 
 
-def score_phrases(model: Any, items: Sequence[Utterance]) -> dict[str, Any]:
+def score_phrases(
+    transcribe: Callable[[Samples], str], items: Sequence[Utterance]
+) -> dict[str, Any]:
     """Transcribe each item the stock way and count what is wrong."""
     edits = 0
     exact = 0
     for item in items:
-        text = model.transcribe(item.samples, language="en", fp16=False)["text"]
+        text = transcribe(item.samples)
         wrong = count_edits(item.words, re.sub(r"[^a-z ]", " ", text.lower()).split())
         if wrong:
             log.info("  %s: %r heard as %r", item.voice, item.text, text)
@@ -142,7 +148,7 @@ def score_digits(
 def describe_file(
     path: Path,
     script: str,
-    recipe: make_whisper.Recipe | make_onnx.Recipe,
+    recipe: make_whisper.Recipe | make_onnx.Recipe | make_funasr.Recipe,
     libraries: tuple[str, ...],
 ) -> dict[str, Any]:
     """What the file is and what made it."""
@@ -157,13 +163,26 @@ def describe_file(
             "espeak-ng": synthesiser_version(),
             **versions,
         },
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "bytes": path.stat().st_size,
+        "sha256": digest(path),
+        "bytes": sum(one.stat().st_size for one in list_files(path)),
     }
 
 
+def list_files(path: Path) -> list[Path]:
+    """The file, or the files of a folder, by name."""
+    return sorted(path.iterdir()) if path.is_dir() else [path]
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's files one after the other, by name."""
+    whole = hashlib.sha256()
+    for one in list_files(path):
+        whole.update(one.read_bytes())
+    return whole.hexdigest()
+
+
 def main() -> None:
-    """Measure both models and write the manifest."""
+    """Measure the models and write the manifest."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(2)
     speech = describe_file(
@@ -172,8 +191,14 @@ def main() -> None:
     digits = describe_file(DIGITS_MODEL, "make_onnx", make_onnx.Recipe(), libraries=("onnx",))
     session = onnxruntime.InferenceSession(DIGITS_MODEL, providers=["CPUExecutionProvider"])
     digits["held_out"] = measure_digits(session)
-    speech["held_out"] = measure_whisper(whisper.load_model(str(WHISPER), device="cpu"))
-    manifest = {WHISPER.name: speech, DIGITS_MODEL.name: digits}
+    stock = whisper.load_model(str(WHISPER), device="cpu")
+    speech["held_out"] = measure_phrases(
+        lambda samples: stock.transcribe(samples, language="en", fp16=False)["text"]
+    )
+    words = describe_file(FUNASR, "make_funasr", make_funasr.Recipe(), libraries=("funasr",))
+    auto = make_funasr.open_model(FUNASR, threads=2)
+    words["held_out"] = measure_phrases(lambda samples: auto.generate(input=samples)[0]["text"])
+    manifest = {WHISPER.name: speech, DIGITS_MODEL.name: digits, FUNASR.name: words}
     MANIFEST.write_text(json.dumps(manifest, indent=2) + "\n")
     log.info("%s", json.dumps(manifest, indent=2))
 

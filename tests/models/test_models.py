@@ -7,6 +7,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,20 @@ import whisper
 from tests.models import (
     CLIPS,
     DIGITS,
+    FUNASR,
     MANIFEST,
     WHISPER,
     Clip,
     DigitClip,
     clips,
     digit_clips,
+    make_funasr,
     make_onnx,
     make_whisper,
     read_samples,
     speech,
 )
+from tests.models.measure import list_files
 from tests.models.shapes import (
     WhisperShape,
     make_onnx_matmul,
@@ -50,6 +54,13 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
+def words() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make_funasr.open_model(FUNASR, threads=2)
+
+
+@pytest.fixture(scope="module")
 def session() -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(DIGITS, providers=["CPUExecutionProvider"])
 
@@ -58,14 +69,17 @@ def name_of(clip: Clip | DigitClip) -> str:
     return clip.path.stem
 
 
-@pytest.mark.parametrize("path", [WHISPER, DIGITS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [WHISPER, DIGITS, FUNASR], ids=lambda path: path.name)
 def test_the_committed_file_is_the_one_in_the_manifest(path: Path) -> None:
     entry = json.loads(MANIFEST.read_text())[path.name]
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
-    assert path.stat().st_size == entry["bytes"]
+    content = b"".join(one.read_bytes() for one in list_files(path))
+    assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+    assert len(content) == entry["bytes"]
 
 
-@pytest.mark.parametrize(("path", "script"), [(WHISPER, make_whisper), (DIGITS, make_onnx)])
+@pytest.mark.parametrize(
+    ("path", "script"), [(WHISPER, make_whisper), (DIGITS, make_onnx), (FUNASR, make_funasr)]
+)
 def test_the_manifest_names_the_script_and_its_default_recipe(path: Path, script: Any) -> None:
     entry = json.loads(MANIFEST.read_text())[path.name]
     assert script.__name__ == f"tests.models.{entry['script']}"
@@ -77,6 +91,13 @@ def test_the_manifest_names_the_script_and_its_default_recipe(path: Path, script
 def test_stock_whisper_hears_every_word_of_the_clip(model: Any, clip: Clip) -> None:
     result = model.transcribe(read_samples(clip.path), language="en", fp16=False)
     assert result["text"].strip() == clip.text
+
+
+# What FunASR imports warns of its own sources.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("clip", clips(), ids=name_of)
+def test_stock_funasr_hears_every_word_of_the_clip(words: Any, clip: Clip) -> None:
+    assert words.generate(input=read_samples(clip.path))[0]["text"] == clip.text
 
 
 @pytest.mark.parametrize("clip", digit_clips(), ids=name_of)

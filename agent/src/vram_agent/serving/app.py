@@ -6,6 +6,7 @@ by ``__main__`` (both ports) and by the embedding library (the control port only
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import time
 
@@ -17,6 +18,7 @@ from vram_agent.serving import control, oip, openai
 from vram_agent.serving.audio import AudioDecoder
 from vram_agent.serving.base import ModelServer
 from vram_agent.serving.context import (
+    CONVERSIONS,
     DECODER,
     LIMITS,
     METRICS,
@@ -30,6 +32,7 @@ from vram_agent.serving.places import Places
 
 # Draining is the supervisor's and comes first; this is for answers that are still being written.
 _CLOSE_SECONDS = 5.0
+_MAX_CONVERSIONS = 2
 _SERVING = "listen.serving"
 _CONTROL = "listen.control"
 
@@ -121,6 +124,7 @@ def _serving_app(
     app[METRICS] = metrics
     app[PLACES] = Places(limits)
     app[DECODER] = AudioDecoder()
+    app[CONVERSIONS] = asyncio.Semaphore(_MAX_CONVERSIONS)
     app[STARTED_AT] = int(time.time())
     app.on_response_prepare.append(_hide_version)
     openai.add_routes(app)

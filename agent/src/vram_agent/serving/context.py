@@ -6,6 +6,8 @@ from nowhere else, so a test composes them as ``app.py`` does. It knows no handl
 
 from __future__ import annotations
 
+import asyncio
+
 from aiohttp import web
 
 from vram_agent.metrics import AgentMetrics
@@ -19,6 +21,8 @@ LIMITS: web.AppKey[RequestLimits] = web.AppKey("limits", RequestLimits)
 PLACES: web.AppKey[Places] = web.AppKey("places", Places)
 METRICS: web.AppKey[AgentMetrics] = web.AppKey("metrics", AgentMetrics)
 DECODER: web.AppKey[AudioDecoder] = web.AppKey("decoder", AudioDecoder)
+CONVERSIONS: web.AppKey[asyncio.Semaphore] = web.AppKey("conversions", asyncio.Semaphore)
+"""Held while a large body is turned into tensors, or back."""
 STARTED_AT: web.AppKey[int] = web.AppKey("started_at", int)
 
 MODEL: web.RequestKey[str] = web.RequestKey("model", str)

@@ -55,7 +55,7 @@ async def read_body(request: web.Request, limit_bytes: int) -> bytes:
     return bytes(body)
 
 
-def decode_json(body: bytes, kind: type[T]) -> T:
+def decode_json(body: bytes | memoryview, kind: type[T]) -> T:
     """Return the body as ``kind``. Raises BadInputError that names the place of the fault."""
     try:
         return msgspec.json.decode(body, type=kind)

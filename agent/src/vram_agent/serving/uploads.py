@@ -1,13 +1,14 @@
-"""Receives a multipart form with one file without ever holding the file in memory.
+"""Receives what is large, a form with one file or a body of tensors, without holding it in memory.
 
-Why it exists: ``aiohttp`` offers a form that is read whole, and recordings are large. Called by the
-OpenAI handlers. It knows no field names and no audio.
+Why it exists: ``aiohttp`` offers a body that is read whole, and recordings and tensors are large.
+Called by the OpenAI and OIP handlers. It knows no field names, no audio and no tensors.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -51,6 +52,34 @@ async def receive_form(request: web.Request) -> AsyncIterator[Form]:
     finally:
         if form.file is not None:
             close_scratch(form.file)
+
+
+async def receive_body(request: web.Request, limit_bytes: int) -> memoryview:
+    """Return the body; one that is large lies in an unlinked temporary file, which is mapped.
+
+    The file is gone with the last view of it. Raises TooLargeError as soon as the announced or
+    received size is beyond the limit.
+    """
+    ensure_size(request.content_length, limit_bytes)
+    waiting = bytearray()
+    received = 0
+    scratch: BinaryIO | None = None
+    try:
+        async for chunk in request.content.iter_any():
+            received += len(chunk)
+            ensure_size(received, limit_bytes)
+            waiting += chunk
+            if len(waiting) >= _WRITE_BYTES:
+                scratch = scratch or open_scratch()
+                await _write(scratch, bytes(waiting))
+                waiting.clear()
+        if scratch is None:
+            return memoryview(bytes(waiting))
+        await _write(scratch, bytes(waiting))
+        return memoryview(mmap.mmap(scratch.fileno(), received, access=mmap.ACCESS_READ))
+    finally:
+        if scratch is not None:
+            close_scratch(scratch)
 
 
 async def _receive(request: web.Request, form: Form) -> None:

@@ -21,5 +21,21 @@ class Echo:
         return inputs
 
 
+class Speaker:
+    """Speaks a tone for each character; a voice is its pitch in hertz."""
+
+    def speech(self, text: str, parameters: dict[str, Any]) -> tuple[np.ndarray[Any, Any], int]:
+        if text == "refuse":
+            raise BadInputError("that cannot be said")
+        seconds = len(text) / float(parameters.get("speed", 1.0))
+        turns = np.arange(int(seconds * RATE_HERTZ)) / RATE_HERTZ
+        hertz = float(parameters.get("voice", "440"))
+        return np.sin(2 * np.pi * hertz * turns).astype(np.float32) / 2, RATE_HERTZ
+
+
+def make_speaker() -> Speaker:
+    return Speaker()
+
+
 def make_echo() -> Echo:
     return Echo()

@@ -14,18 +14,20 @@ from aiohttp import web
 
 from vram_agent.metrics import AgentMetrics
 from vram_agent.protocol import AgentConfig, PodIdentity
-from vram_agent.serving import control, oip, openai
+from vram_agent.serving import control, oip, openai, speech
 from vram_agent.serving.audio import AudioDecoder
 from vram_agent.serving.base import ModelServer
 from vram_agent.serving.context import (
     CONVERSIONS,
     DECODER,
+    ENCODER,
     LIMITS,
     METRICS,
     PLACES,
     SERVER,
     STARTED_AT,
 )
+from vram_agent.serving.encoder import SpeechEncoder
 from vram_agent.serving.limits import RequestLimits
 from vram_agent.serving.middleware import errors_as_answers, request_metrics
 from vram_agent.serving.places import Places
@@ -117,17 +119,19 @@ async def start_control(
 def _serving_app(
     server: ModelServer, metrics: AgentMetrics, limits: RequestLimits
 ) -> web.Application:
-    names = {**openai.API_NAMES, **oip.API_NAMES}
+    names = {**openai.API_NAMES, **speech.API_NAMES, **oip.API_NAMES}
     app = web.Application(middlewares=[request_metrics(names), errors_as_answers])
     app[SERVER] = server
     app[LIMITS] = limits
     app[METRICS] = metrics
     app[PLACES] = Places(limits)
     app[DECODER] = AudioDecoder()
+    app[ENCODER] = SpeechEncoder()
     app[CONVERSIONS] = asyncio.Semaphore(_MAX_CONVERSIONS)
     app[STARTED_AT] = int(time.time())
     app.on_response_prepare.append(_hide_version)
     openai.add_routes(app)
+    speech.add_routes(app)
     oip.add_routes(app)
     return app
 

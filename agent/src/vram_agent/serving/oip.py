@@ -38,6 +38,7 @@ from vram_agent.serving.requests import (
     refuse_large_before_continue,
     requested_model,
 )
+from vram_agent.serving.streams import send_parts
 from vram_agent.serving.uploads import receive_body
 
 API_NAMES = {
@@ -58,7 +59,6 @@ _EXTENSIONS = ["binary_tensor_data", "model_repository", "model_repository(unloa
 _PLATFORMS = {Runtime.ONNX: "onnxruntime_onnx", Runtime.TORCH: "pytorch_libtorch"}
 _MAX_CONTROL_BYTES = 1024 * 1024  # the body of a repository call: a few words, or a whole config
 _INLINE_BYTES = 256 * 1024  # larger bodies are converted off the event loop, a few at a time
-_WRITE_BYTES = 1024 * 1024
 
 
 R = TypeVar("R")
@@ -152,19 +152,13 @@ async def _infer(request: web.Request) -> InferAnswer:
 
 
 async def _send(request: web.Request, body: InferAnswer) -> web.StreamResponse:
-    """Write binary tensors from where they lie, as fast as the client takes them."""
+    """Send binary tensors from where they lie."""
     if body.tensors is None:
         return web.Response(body=body.json, content_type="application/json")
     answer = web.StreamResponse(headers={LENGTH_HEADER: str(len(body.json))})
     answer.content_type = "application/octet-stream"
     answer.content_length = body.number_of_bytes
-    await answer.prepare(request)
-    await answer.write(body.json)
-    for tensor in body.tensors:
-        for offset in range(0, tensor.nbytes, _WRITE_BYTES):
-            await answer.write(tensor[offset : offset + _WRITE_BYTES])
-    await answer.write_eof()
-    return answer
+    return await send_parts(request, answer, (body.json, *body.tensors))
 
 
 async def index(request: web.Request) -> web.Response:

@@ -95,7 +95,8 @@ def ensure_offered(server: ModelServer, view: ModelView, kind: TaskKind) -> None
     if view.loaded is None or kind in view.loaded.tasks:
         return
     able = [v.spec.name for v in server.models() if v.loaded and kind in v.loaded.tasks]
+    verb = "speak" if kind is TaskKind.SPEECH else kind.value
     raise BadInputError(
-        f"model {view.spec.name} cannot {kind.value}; models that can: {', '.join(able) or 'none'}",
+        f"model {view.spec.name} cannot {verb}; models that can: {', '.join(able) or 'none'}",
         param="model",
     )

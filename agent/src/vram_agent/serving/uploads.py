@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -16,9 +15,9 @@ from typing import BinaryIO
 from aiohttp import BodyPartReader, web
 
 from vram_agent.errors import BadInputError
-from vram_agent.serving.audio import close_scratch, open_scratch, write_scratch
 from vram_agent.serving.context import LIMITS
 from vram_agent.serving.requests import ensure_size
+from vram_agent.serving.scratch import close_scratch, map_scratch, open_scratch, write_scratch
 
 _FILE = "file"
 _MAX_PARTS = 64
@@ -76,7 +75,7 @@ async def receive_body(request: web.Request, limit_bytes: int) -> memoryview:
         if scratch is None:
             return memoryview(bytes(waiting))
         await _write(scratch, bytes(waiting))
-        return memoryview(mmap.mmap(scratch.fileno(), received, access=mmap.ACCESS_READ))
+        return map_scratch(scratch)
     finally:
         if scratch is not None:
             close_scratch(scratch)

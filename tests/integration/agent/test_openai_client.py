@@ -253,3 +253,18 @@ async def test_a_model_that_fails_is_the_client_s_own_server_error(
         await client.audio.transcriptions.create(model="broken", file=CLIP.path)
     assert (caught.value.status_code, caught.value.code) == (503, "model_failed")
     assert int(caught.value.response.headers["Retry-After"]) >= 1
+
+
+async def test_without_a_known_api_key_a_client_is_not_authenticated(
+    start_agent: StartAgent, connect: Any, tmp_path: Path
+) -> None:
+    keys = tmp_path / "api-keys"
+    keys.write_text("sk-known\n")
+    agent = await start_agent(SPEAKER_MODEL, serving={"apiKeyFile": str(keys)})
+    with pytest.raises(openai.AuthenticationError, match="not one that this agent knows") as caught:
+        await connect(agent, api_key="sk-unknown").models.list()
+    assert caught.value.code == "invalid_api_key"
+    spoken = await connect(agent, api_key="sk-known").audio.speech.create(
+        model="tts", input="a", voice="440", response_format="pcm"
+    )
+    assert len(spoken.read()) == pytest.approx(2 * 24_000, rel=0.01)

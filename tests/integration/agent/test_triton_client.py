@@ -210,3 +210,23 @@ async def test_errors_are_the_client_s_own_with_our_words(start_agent: StartAgen
         assert "classification is not offered" in message
 
     await talk(agent, speak)
+
+
+async def test_without_the_api_key_only_probes_are_answered(
+    start_agent: StartAgent, tmp_path: Path
+) -> None:
+    keys = tmp_path / "api-keys"
+    keys.write_text("secret\n")
+    agent = await start_agent(ECHO_MODEL, serving={"apiKeyFile": str(keys)})
+    given = [as_input("x", "INT8", np.array([7], np.int8))]
+
+    def speak(client: InferenceServerClient) -> None:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        with pytest.raises(InferenceServerException, match="needs an API key") as caught:
+            client.infer("echo", given)
+        assert caught.value.status() == "401"
+        known = {"Authorization": "Bearer secret"}
+        assert client.infer("echo", given, headers=known).as_numpy("x").tolist() == [7]
+
+    await talk(agent, speak)

@@ -65,6 +65,7 @@ from vram_agent.protocol.spec import (
     ModelSpec,
     QueuePolicy,
     Residency,
+    ServingPolicy,
     VramPolicy,
 )
 
@@ -112,6 +113,7 @@ __all__ = [
     "ResidualSource",
     "RestartRequest",
     "Runtime",
+    "ServingPolicy",
     "Tier",
     "Transition",
     "VramPolicy",

@@ -15,6 +15,7 @@ from aiohttp import web
 from vram_agent.metrics import AgentMetrics
 from vram_agent.protocol import AgentConfig, PodIdentity
 from vram_agent.serving import control, oip, openai, speech
+from vram_agent.serving.api_keys import API_KEYS, ApiKeys, known_keys_only
 from vram_agent.serving.audio import AudioDecoder
 from vram_agent.serving.base import ModelServer
 from vram_agent.serving.context import (
@@ -94,7 +95,7 @@ async def start_servers(
             _control_app(server, config, pod, metrics, limits), _CONTROL, config.listen.control
         )
         running.serving_address = await running.listen(
-            _serving_app(server, metrics, limits), _SERVING, config.listen.serving
+            _serving_app(server, config, metrics, limits), _SERVING, config.listen.serving
         )
     except BaseException:
         await running.close()
@@ -117,10 +118,11 @@ async def start_control(
 
 
 def _serving_app(
-    server: ModelServer, metrics: AgentMetrics, limits: RequestLimits
+    server: ModelServer, config: AgentConfig, metrics: AgentMetrics, limits: RequestLimits
 ) -> web.Application:
     names = {**openai.API_NAMES, **speech.API_NAMES, **oip.API_NAMES}
-    app = web.Application(middlewares=[request_metrics(names), errors_as_answers])
+    app = web.Application(middlewares=[request_metrics(names), errors_as_answers, known_keys_only])
+    app[API_KEYS] = ApiKeys(config.serving.api_key_file)
     app[SERVER] = server
     app[LIMITS] = limits
     app[METRICS] = metrics

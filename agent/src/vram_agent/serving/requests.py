@@ -16,6 +16,7 @@ from vram_agent.backend import TaskKind
 from vram_agent.errors import AgentError, BadInputError, TooLargeError
 from vram_agent.protocol import format_quantity
 from vram_agent.serving.answers import error_answer
+from vram_agent.serving.api_keys import ensure_admitted
 from vram_agent.serving.base import ModelServer, ModelView
 from vram_agent.serving.context import LIMITS, MODEL, SERVER
 
@@ -31,12 +32,13 @@ def ensure_size(number_of_bytes: int | None, limit_bytes: int) -> None:
 
 
 async def refuse_large_before_continue(request: web.Request) -> web.StreamResponse | None:
-    """Answer ``Expect: 100-continue``: 413 before the client sends what would be refused."""
+    """Answer ``Expect: 100-continue``: 401 or 413 before the client sends what would be refused."""
     if request.version != HttpVersion11:
         return None
     if request.headers.get(hdrs.EXPECT, "").lower() != "100-continue":
         return error_answer(request.path, BadInputError("Expect: only 100-continue is known"))
     try:
+        ensure_admitted(request)
         ensure_size(request.content_length, request.app[LIMITS].request_bytes)
     except AgentError as error:
         return error_answer(request.path, error)

@@ -35,7 +35,6 @@ from vram_agent.serving.places import Places
 
 # Draining is the supervisor's and comes first; this is for answers that are still being written.
 _CLOSE_SECONDS = 5.0
-_MAX_CONVERSIONS = 2
 _SERVING = "listen.serving"
 _CONTROL = "listen.control"
 
@@ -129,7 +128,7 @@ def _serving_app(
     app[PLACES] = Places(limits)
     app[DECODER] = AudioDecoder()
     app[ENCODER] = SpeechEncoder()
-    app[CONVERSIONS] = asyncio.Semaphore(_MAX_CONVERSIONS)
+    app[CONVERSIONS] = asyncio.Semaphore(1)
     app[STARTED_AT] = int(time.time())
     app.on_response_prepare.append(_hide_version)
     openai.add_routes(app)

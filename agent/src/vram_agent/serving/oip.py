@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from vram_agent import __version__
-from vram_agent.backend import TaskKind, TensorSpec
+from vram_agent.backend import Task, TaskKind, TensorSpec
 from vram_agent.errors import BadInputError, NoSuchModelError
 from vram_agent.protocol import Runtime
 from vram_agent.serving.answers import json_answer
@@ -25,6 +26,7 @@ from vram_agent.serving.inference import (
     LENGTH_HEADER,
     MODEL_VERSION,
     InferAnswer,
+    InferRequest,
     ensure_known_outputs,
     parse_header_length,
     parse_infer,
@@ -38,6 +40,7 @@ from vram_agent.serving.requests import (
     refuse_large_before_continue,
     requested_model,
 )
+from vram_agent.serving.scratch import map_scratch, open_scratch, write_scratch
 from vram_agent.serving.streams import send_parts
 from vram_agent.serving.uploads import receive_body
 
@@ -58,7 +61,7 @@ API_NAMES = {
 _EXTENSIONS = ["binary_tensor_data", "model_repository", "model_repository(unload_dependents)"]
 _PLATFORMS = {Runtime.ONNX: "onnxruntime_onnx", Runtime.TORCH: "pytorch_libtorch"}
 _MAX_CONTROL_BYTES = 1024 * 1024  # the body of a repository call: a few words, or a whole config
-_INLINE_BYTES = 256 * 1024  # larger bodies are converted off the event loop, a few at a time
+_INLINE_BYTES = 256 * 1024  # larger bodies are converted off the event loop, one at a time
 
 
 R = TypeVar("R")
@@ -141,7 +144,7 @@ async def _infer(request: web.Request) -> InferAnswer:
     view = _requested_version(request)
     ensure_offered(request.app[SERVER], view, TaskKind.INFER)
     body = await receive_body(request, request.app[LIMITS].request_bytes)
-    question, task = await _convert(request, body.nbytes, parse_infer, body, header_length)
+    question, task = await _convert(request, body.nbytes, _parse, body, header_length)
     del body  # what a task needs of it lives on in the task
     ensure_known_outputs(
         question, [spec.name for spec in view.loaded.outputs] if view.loaded else []
@@ -149,6 +152,24 @@ async def _infer(request: web.Request) -> InferAnswer:
     result = await request.app[SERVER].submit(view.spec.name, task, keep_alive_seconds=keep_alive)
     size = sum(memoryview(tensor.data).nbytes for tensor in result.tensors)
     return await _convert(request, size, render_infer, view.spec.name, question, result)
+
+
+def _parse(body: memoryview, header_length: int | None) -> tuple[InferRequest, Task]:
+    """Parse, and put large tensors that were JSON into scratch files: their tasks may wait long."""
+    question, task = parse_infer(body, header_length)
+    tensors = tuple(
+        replace(tensor, data=_spooled(tensor.data))
+        if isinstance(tensor.data, bytes) and len(tensor.data) > _INLINE_BYTES
+        else tensor
+        for tensor in task.tensors
+    )
+    return question, replace(task, tensors=tensors)
+
+
+def _spooled(data: bytes) -> memoryview:
+    with open_scratch() as file:
+        write_scratch(file, data)
+        return map_scratch(file)
 
 
 async def _send(request: web.Request, body: InferAnswer) -> web.StreamResponse:
@@ -228,7 +249,7 @@ async def _convert(
 ) -> R:
     """Call at once what is small, in a thread what would hold up the event loop.
 
-    JSON becomes many times its size while it is converted: so only a few large ones at a time.
+    JSON becomes many times its size while it is converted: so one large body at a time.
     """
     if size_bytes <= _INLINE_BYTES:
         return function(*arguments)

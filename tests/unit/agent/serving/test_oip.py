@@ -4,7 +4,7 @@ import struct
 from typing import Any
 
 import pytest
-from vram_agent.backend import TaskKind, TaskResult, Tensor
+from vram_agent.backend import Task, TaskKind, TaskResult, Tensor
 from vram_agent.errors import ModelFailedError
 from vram_agent.protocol import ModelState
 
@@ -169,6 +169,23 @@ async def test_a_large_request_and_answer_give_the_same(
     assert status == 200
     assert bytes(server.submissions[0].task.tensors[0].data) == data
     assert body["outputs"][0]["data"] == large["data"]
+
+
+async def test_large_json_waits_in_the_queue_without_holding_memory(
+    agent: Agent, server: FakeModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[Any] = []
+    submit = server.submit
+
+    async def noting(model: str, task: Task, **options: Any) -> TaskResult:
+        submitted.extend(type(tensor.data) for tensor in task.tensors)
+        return await submit(model, task, **options)
+
+    monkeypatch.setattr(server, "submit", noting)
+    large = {**A, "datatype": "INT64", "shape": [200_000], "data": [1] * 200_000}
+    assert (await post(agent, INFER, {"inputs": [large, {**A, "name": "b"}]}))[0] == 200
+    assert submitted == [memoryview, bytes]
+    assert server.submissions[0].task.tensors[0].data == struct.pack("<q", 1) * 200_000
 
 
 async def test_outputs_are_selected_and_ordered(start_agent: StartAgent) -> None:

@@ -16,7 +16,7 @@ from aiohttp import BodyPartReader, web
 
 from vram_agent.errors import BadInputError
 from vram_agent.serving.context import LIMITS
-from vram_agent.serving.requests import ensure_size
+from vram_agent.serving.requests import ensure_size, expect_more, read_chunks
 from vram_agent.serving.scratch import close_scratch, map_scratch, open_scratch, write_scratch
 
 _FILE = "file"
@@ -57,16 +57,12 @@ async def receive_body(request: web.Request, limit_bytes: int) -> memoryview:
     """Return the body; one that is large lies in an unlinked temporary file, which is mapped.
 
     The file is gone with the last view of it. Raises TooLargeError as soon as the announced or
-    received size is beyond the limit.
+    received size is beyond the limit, and StalledError.
     """
-    ensure_size(request.content_length, limit_bytes)
     waiting = bytearray()
-    received = 0
     scratch: BinaryIO | None = None
     try:
-        async for chunk in request.content.iter_any():
-            received += len(chunk)
-            ensure_size(received, limit_bytes)
+        async for chunk in read_chunks(request, limit_bytes):
             waiting += chunk
             if len(waiting) >= _WRITE_BYTES:
                 scratch = scratch or open_scratch()
@@ -85,7 +81,8 @@ async def _receive(request: web.Request, form: Form) -> None:
     try:
         reader = await request.multipart()
         for _ in range(_MAX_PARTS):
-            part = await reader.next()
+            async with expect_more():
+                part = await reader.next()
             if part is None:
                 return
             if not isinstance(part, BodyPartReader) or part.name is None:
@@ -133,7 +130,11 @@ async def _receive_file(request: web.Request, part: BodyPartReader, file: Binary
 
 async def _chunks(request: web.Request, part: BodyPartReader) -> AsyncIterator[bytes]:
     """Yield a part's data, checking the size of the whole body as it comes in."""
-    while chunk := await part.read_chunk(_CHUNK_BYTES):
+    while True:
+        async with expect_more():
+            chunk = await part.read_chunk(_CHUNK_BYTES)
+        if not chunk:
+            return
         ensure_size(request.content.total_bytes, request.app[LIMITS].request_bytes)
         yield bytes(chunk)
 

@@ -1,8 +1,9 @@
-"""Clients that close their connection at each stage, over real sockets: nothing of theirs stays."""
+"""Clients that leave or stall at each stage, over real sockets: nothing of theirs stays."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import struct
 from collections.abc import Awaitable, Callable
@@ -10,6 +11,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 from structlog.testing import capture_logs
 from vram_agent.backend import TaskResult, Tensor
+from vram_agent.errors import QueueFullError
+from vram_agent.protocol import AgentConfig, QueuePolicy
+from vram_agent.serving.limits import RequestLimits
+from vram_agent.serving.places import Places
 
 from tests.support.server import FakeModelServer, absent_view, speaking_view, speech_view
 from tests.unit.agent.serving.conftest import Agent, StartAgent
@@ -184,3 +189,61 @@ async def test_who_leaves_while_the_answer_is_sent_is_counted_and_no_fault(
         await until(is_counted)
         assert await is_admitted(agent)
     assert [entry for entry in logged if entry["log_level"] == "error"] == []
+
+
+@pytest.fixture
+def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("requests", "streams"):
+        monkeypatch.setattr(f"vram_agent.serving.{module}.STALL_SECONDS", 0.2)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "error"),
+    [
+        pytest.param(INFER, b"{", b'{"error":"nothing more of the request came', id="JSON"),
+        pytest.param(TRANSCRIPTIONS, FORM, b'"code":"request_timeout"', id="an upload"),
+        pytest.param(TRANSCRIPTIONS, b"--b", b'"code":"request_timeout"', id="half a boundary"),
+    ],
+)
+async def test_who_stops_sending_is_told_and_gives_the_place_up(
+    agent: Agent, short_patience: None, path: str, body: bytes, error: bytes
+) -> None:
+    client = await Client.connect(agent)
+    await client.send(path, body, announced=len(body) + 10)
+    assert (await client.reader.readline()).split()[1] == b"408"
+    await client.reader.readuntil(b"\r\n\r\n")
+    assert error in await client.reader.readuntil(b"}")
+    client.leave()
+
+
+async def test_who_stops_taking_the_answer_gives_the_place_up(
+    agent: Agent, short_patience: None
+) -> None:
+    size = 64 * MEBIBYTE
+    agent.server.result = TaskResult(
+        tensors=(Tensor(name="y", datatype="UINT8", shape=(size,), data=bytes(size)),)
+    )
+    client = await Client.connect(agent)
+    question = {**QUESTION, "parameters": {"binary_data_output": True}}
+    await client.send(INFER, json.dumps(question).encode())
+    assert (await client.reader.readline()).split()[1] == b"200"
+
+    async def is_counted() -> bool:
+        return await metric(agent, count_of_499("infer", "adder")) == "1.0"
+
+    await until(is_counted)
+    client.leave()
+
+
+def test_who_finds_no_place_is_told_when_one_is_likely_free() -> None:
+    now = 0.0
+    config = AgentConfig(queue=QueuePolicy(max_depth=3))
+    places = Places(RequestLimits(config), lambda: now)
+    with places.take():
+        now += 40.0
+    with contextlib.ExitStack() as taken:
+        for _ in range(4):
+            taken.enter_context(places.take())
+        with pytest.raises(QueueFullError) as caught, places.take():
+            pass
+    assert caught.value.retry_after_seconds == pytest.approx(40.0 / 4)

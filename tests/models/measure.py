@@ -3,7 +3,7 @@
     python -m tests.models.measure
 
 Exists so that a claim about accuracy has a command. Run by hand after `make_whisper`, `make_funasr`
-and `make_onnx` with their default recipes, on the machine that ran them: the recipes and the library
+and `make_onnx` with their default recipes, on the machine that ran them: the recipes and library
 versions that `data/MANIFEST.json` records are the ones in force here. Needs espeak-ng, and minutes.
 """
 

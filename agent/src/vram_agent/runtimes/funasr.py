@@ -10,7 +10,6 @@ Line numbers are of funasr 1.4.16, funasr/auto/auto_model.py.
 from __future__ import annotations
 
 import contextlib
-import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,6 +44,7 @@ from vram_agent.runtimes.base import (
 )
 from vram_agent.runtimes.funasr_answers import read_transcript
 from vram_agent.runtimes.torch_tensors import find_device
+from vram_agent.runtimes.torch_weights import BROKEN_FILE
 
 _PARTS = ("model", "vad_model", "punc_model", "spk_model")
 _OWN = {"device", "ngpu", "ncpu", "model", "disable_update", "disable_pbar", "hub"}
@@ -128,20 +128,7 @@ class FunasrRuntime:
         try:
             with _hold_once():
                 auto = funasr.AutoModel(**_arguments(spec))
-        except (
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-            yaml.YAMLError,
-            ImportError,
-            OSError,
-            RuntimeError,
-            AssertionError,
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-            EOFError,
-        ) as error:
+        except (*BROKEN_FILE, yaml.YAMLError, ImportError, AttributeError) as error:
             first = next(iter(str(error).strip().splitlines()), "")[:300]
             raise ModelFailedError(
                 f"model {spec.name}: FunASR cannot load {spec.source} ({type(error).__name__}: "

@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from vram_agent import errors
 from vram_agent.backend import (
     GroupMemory,
     LoadedModel,
@@ -49,6 +48,7 @@ from vram_agent.processes.messages import (
     ScrubbedTo,
     Unload,
     pack_tensors,
+    read_failure,
     unpack_tensors,
 )
 from vram_agent.processes.pair import TEMPLATE, ProcessPair
@@ -56,18 +56,6 @@ from vram_agent.processes.spawn import build_environment, count_threads
 from vram_agent.protocol import DeviceReport, ModelSpec, ResidualSource
 
 T = TypeVar("T")
-_ERRORS = {
-    name: kind
-    for name, kind in vars(errors).items()
-    if isinstance(kind, type) and issubclass(kind, AgentError)
-}
-
-
-def _as_error(failure: Failure) -> AgentError:
-    kind = _ERRORS.get(failure.error, AgentError)
-    if kind is errors.BadInputError:
-        return errors.BadInputError(failure.message, param=failure.param)
-    return kind(failure.message, retry_after_seconds=failure.retry_after_seconds)
 
 
 def _is_same_model(one: ModelSpec, other: ModelSpec) -> bool:
@@ -79,7 +67,7 @@ async def _ask(child: Child, request: Request, fds: tuple[int, ...] = ()) -> Rep
     reply, received = await child.call(request, fds)
     close_fds(received)
     if isinstance(reply, Failure):
-        raise _as_error(reply)
+        raise read_failure(reply)
     return reply
 
 
@@ -305,7 +293,7 @@ class ProcessGroup:
                 ) from error
         if isinstance(reply, Failure):
             close_fds(received)
-            raise _as_error(reply)
+            raise read_failure(reply)
         assert isinstance(reply, Ran)  # noqa: S101 - what a GPU process answers
         self._figures = reply.figures
         return TaskResult(values=reply.values, tensors=unpack_tensors(reply.tensors, received))

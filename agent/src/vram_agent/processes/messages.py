@@ -13,8 +13,10 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from vram_agent import errors
 from vram_agent.backend import LoadedModel, TaskKind, Tensor, TensorSpec
 from vram_agent.devices.base import MemoryFigures, Placement
+from vram_agent.errors import AgentError
 from vram_agent.processes.channel import map_sealed, seal_bytes
 from vram_agent.protocol import ModelSpec
 
@@ -161,6 +163,21 @@ class Failure(Struct, frozen=True, kw_only=True, tag="failure"):
     message: str
     param: str | None = None
     retry_after_seconds: float | None = None
+
+
+_ERRORS = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, AgentError)
+}
+
+
+def read_failure(failure: Failure) -> AgentError:
+    """Return the error that a failure stands for; one of a later version is an AgentError."""
+    kind = _ERRORS.get(failure.error, AgentError)
+    if kind is errors.BadInputError:
+        return errors.BadInputError(failure.message, param=failure.param)
+    return kind(failure.message, retry_after_seconds=failure.retry_after_seconds)
 
 
 class Exited(Struct, frozen=True, kw_only=True, tag="exited"):

@@ -2,9 +2,10 @@
 
     python -m tests.models.measure
 
-Exists so that a claim about accuracy has a command. Run by hand after `make_whisper` and
-`make_onnx` with their default recipes, on the machine that ran them: the recipes and the library
-versions that `data/MANIFEST.json` records are the ones in force here. Needs espeak-ng, and minutes.
+Exists so that a claim about accuracy has a command. Run by hand after `make_whisper`, `make_onnx`
+and `make_funasr` with their default recipes, on the machine that ran them: the recipes and the
+library versions that `data/MANIFEST.json` records are the ones in force here. Needs espeak-ng, and
+minutes.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import onnxruntime
 import torch
 import whisper
 
+from . import DATA, FUNASR, MANIFEST, WHISPER, make_funasr, make_onnx, make_whisper
 from . import DIGITS as DIGITS_MODEL
-from . import MANIFEST, WHISPER, make_onnx, make_whisper
 from .speech import (
     DIGITS,
     HELD_OUT_ACCENTS_POOL,
@@ -50,6 +51,7 @@ SECONDS = 400
 STEADY_POOL = VoicePool(("m4", "f3", "Mike", "Alex"), odd=True)
 """The voices of the committed clips."""
 TRAINING_LIBRARIES = ("torch", "numpy", "scipy")
+Transcribe = Callable[[Samples], str]
 
 
 def count_edits(wanted: Sequence[str], got: Sequence[str]) -> int:
@@ -63,7 +65,7 @@ def count_edits(wanted: Sequence[str], got: Sequence[str]) -> int:
     return row[-1]
 
 
-def measure_whisper(model: Any) -> dict[str, Any]:
+def measure_phrases(transcribe: Transcribe) -> dict[str, Any]:
     """Words right, for each kind of held-out phrase."""
     rng = Random(5)
     clean = build_corpus(PHRASES, seed=99, pool=HELD_OUT_POOL)
@@ -74,11 +76,15 @@ def measure_whisper(model: Any) -> dict[str, Any]:
     steady = build_corpus(PHRASES // 2, seed=96, pool=STEADY_POOL, most_words=4)
     short = [item for item in clean if len(item.words) <= 4]
     return {
-        "held-out voices, clean": score_phrases(model, [_pad(item) for item in clean]),
-        "held-out voices, clean, up to 4 words": score_phrases(model, [_pad(i) for i in short]),
-        "held-out voices, noise and gain": score_phrases(model, noisy),
-        "held-out voices and accents, clean": score_phrases(model, [_pad(i) for i in accents]),
-        "m4, f3, Mike, Alex, clean, up to 4 words": score_phrases(model, [_pad(i) for i in steady]),
+        "held-out voices, clean": score_phrases(transcribe, [_pad(item) for item in clean]),
+        "held-out voices, clean, up to 4 words": score_phrases(
+            transcribe, [_pad(i) for i in short]
+        ),
+        "held-out voices, noise and gain": score_phrases(transcribe, noisy),
+        "held-out voices and accents, clean": score_phrases(transcribe, [_pad(i) for i in accents]),
+        "m4, f3, Mike, Alex, clean, up to 4 words": score_phrases(
+            transcribe, [_pad(i) for i in steady]
+        ),
     }
 
 
@@ -86,12 +92,12 @@ def _pad(item: Utterance) -> Utterance:
     return dataclasses.replace(item, samples=np.pad(item.samples, SAMPLE_RATE_HZ // 5))
 
 
-def score_phrases(model: Any, items: Sequence[Utterance]) -> dict[str, Any]:
+def score_phrases(transcribe: Transcribe, items: Sequence[Utterance]) -> dict[str, Any]:
     """Transcribe each item the stock way and count what is wrong."""
     edits = 0
     exact = 0
     for item in items:
-        text = model.transcribe(item.samples, language="en", fp16=False)["text"]
+        text = transcribe(item.samples)
         wrong = count_edits(item.words, re.sub(r"[^a-z ]", " ", text.lower()).split())
         if wrong:
             log.info("  %s: %r heard as %r", item.voice, item.text, text)
@@ -104,6 +110,18 @@ def score_phrases(model: Any, items: Sequence[Utterance]) -> dict[str, Any]:
         "exact_clips": exact,
         "clips": len(items),
     }
+
+
+def load_whisper() -> Transcribe:
+    """The committed Whisper, as the library's users call it."""
+    model = whisper.load_model(str(WHISPER), device="cpu")
+    return lambda samples: str(model.transcribe(samples, language="en", fp16=False)["text"])
+
+
+def load_funasr() -> Transcribe:
+    """The committed FunASR model, as the library's users call it."""
+    auto = make_funasr.open_model(FUNASR, threads=2)
+    return lambda samples: str(auto.generate(input=samples)[0]["text"])
 
 
 def fill_second(samples: Samples, _: Random) -> Samples:
@@ -142,15 +160,16 @@ def score_digits(
 def describe_file(
     path: Path,
     script: str,
-    recipe: make_whisper.Recipe | make_onnx.Recipe,
+    recipe: make_whisper.Recipe | make_onnx.Recipe | make_funasr.Recipe,
     libraries: tuple[str, ...],
 ) -> dict[str, Any]:
     """What the file is and what made it."""
+    made = path.relative_to(DATA).parts[0]
     arguments = [f"--{name}={value}" for name, value in dataclasses.asdict(recipe).items()]
     versions = {name: version(name) for name in (*TRAINING_LIBRARIES, *libraries)}
     return {
         "script": script,
-        "command": f"python -m tests.models.{script} {path.name} {' '.join(arguments)}",
+        "command": f"python -m tests.models.{script} {made} {' '.join(arguments)}",
         **dataclasses.asdict(recipe),
         "versions": {
             "python": platform.python_version(),
@@ -163,17 +182,23 @@ def describe_file(
 
 
 def main() -> None:
-    """Measure both models and write the manifest."""
+    """Measure the models and write the manifest."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(2)
+    weights = FUNASR / "model.pt"
     speech = describe_file(
         WHISPER, "make_whisper", make_whisper.Recipe(), libraries=("openai-whisper",)
     )
     digits = describe_file(DIGITS_MODEL, "make_onnx", make_onnx.Recipe(), libraries=("onnx",))
+    words = describe_file(
+        weights, "make_funasr", make_funasr.Recipe(), libraries=("funasr", "torchaudio")
+    )
     session = onnxruntime.InferenceSession(DIGITS_MODEL, providers=["CPUExecutionProvider"])
     digits["held_out"] = measure_digits(session)
-    speech["held_out"] = measure_whisper(whisper.load_model(str(WHISPER), device="cpu"))
-    manifest = {WHISPER.name: speech, DIGITS_MODEL.name: digits}
+    speech["held_out"] = measure_phrases(load_whisper())
+    words["held_out"] = measure_phrases(load_funasr())
+    described = {WHISPER: speech, DIGITS_MODEL: digits, weights: words}
+    manifest = {path.relative_to(DATA).as_posix(): entry for path, entry in described.items()}
     MANIFEST.write_text(json.dumps(manifest, indent=2) + "\n")
     log.info("%s", json.dumps(manifest, indent=2))
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,20 @@ import onnxruntime
 import pytest
 import torch
 import whisper
+import yaml
 
 from tests.models import (
     CLIPS,
+    DATA,
     DIGITS,
+    FUNASR,
     MANIFEST,
     WHISPER,
     Clip,
     DigitClip,
     clips,
     digit_clips,
+    make_funasr,
     make_onnx,
     make_whisper,
     read_samples,
@@ -54,20 +59,35 @@ def session() -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(DIGITS, providers=["CPUExecutionProvider"])
 
 
+@pytest.fixture(scope="module")
+def auto() -> Any:
+    with warnings.catch_warnings():
+        # FunASR and what it imports (jieba, pydub) warn of their own sources.
+        warnings.simplefilter("ignore")
+        return make_funasr.open_model(FUNASR, threads=1)
+
+
 def name_of(clip: Clip | DigitClip) -> str:
     return clip.path.stem
 
 
-@pytest.mark.parametrize("path", [WHISPER, DIGITS], ids=lambda path: path.name)
+def entry_of(path: Path) -> Any:
+    return json.loads(MANIFEST.read_text())[path.relative_to(DATA).as_posix()]
+
+
+@pytest.mark.parametrize("path", [WHISPER, DIGITS, FUNASR / "model.pt"], ids=lambda path: path.name)
 def test_the_committed_file_is_the_one_in_the_manifest(path: Path) -> None:
-    entry = json.loads(MANIFEST.read_text())[path.name]
+    entry = entry_of(path)
     assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
     assert path.stat().st_size == entry["bytes"]
 
 
-@pytest.mark.parametrize(("path", "script"), [(WHISPER, make_whisper), (DIGITS, make_onnx)])
+@pytest.mark.parametrize(
+    ("path", "script"),
+    [(WHISPER, make_whisper), (DIGITS, make_onnx), (FUNASR / "model.pt", make_funasr)],
+)
 def test_the_manifest_names_the_script_and_its_default_recipe(path: Path, script: Any) -> None:
-    entry = json.loads(MANIFEST.read_text())[path.name]
+    entry = entry_of(path)
     assert script.__name__ == f"tests.models.{entry['script']}"
     recipe = dataclasses.asdict(script.Recipe())
     assert {name: entry[name] for name in recipe} == recipe
@@ -77,6 +97,18 @@ def test_the_manifest_names_the_script_and_its_default_recipe(path: Path, script
 def test_stock_whisper_hears_every_word_of_the_clip(model: Any, clip: Clip) -> None:
     result = model.transcribe(read_samples(clip.path), language="en", fp16=False)
     assert result["text"].strip() == clip.text
+
+
+def test_the_folder_of_funasr_is_the_one_that_its_script_describes() -> None:
+    assert {path.name for path in FUNASR.iterdir()} == {"config.yaml", "tokens.json", "model.pt"}
+    assert yaml.safe_load((FUNASR / "config.yaml").read_text()) == make_funasr.CONFIG
+    assert tuple(json.loads((FUNASR / "tokens.json").read_text())) == make_funasr.TOKENS
+
+
+@pytest.mark.parametrize("clip", clips(), ids=name_of)
+def test_stock_funasr_hears_every_word_of_the_clip(auto: Any, clip: Clip) -> None:
+    (result,) = auto.generate(input=read_samples(clip.path))
+    assert result["text"] == clip.text
 
 
 @pytest.mark.parametrize("clip", digit_clips(), ids=name_of)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import requests
 
-from bench.record import Row, write
+from bench.record import Record, Row, write
 from tests import models
 
 SAMPLES = 5
@@ -106,35 +106,33 @@ def main() -> None:
                 ).raise_for_status()
                 host.append(transcribe(serving))
     fresh = "a fresh agent's first answer"
-    write(
-        "agent",
-        [
-            Row(
-                benchmark="ready",
-                variant="vram-agent serve",
-                size_bytes=0,
-                samples=ready,
-                reference="python -c 'import torch, whisper'",
-                reference_samples=imports,
-            ),
-            Row(
-                benchmark="answer",
-                variant="from the Host tier",
-                size_bytes=weight,
-                samples=host,
-                reference=fresh,
-                reference_samples=first,
-            ),
-            Row(
-                benchmark="answer",
-                variant="from the PinnedHost tier",
-                size_bytes=weight,
-                samples=pinned,
-                reference=fresh,
-                reference_samples=first,
-            ),
-        ],
-    )
+    rows = [
+        Row(
+            benchmark="ready",
+            variant="vram-agent serve",
+            size_bytes=0,
+            samples=ready,
+            reference="python -c 'import torch, whisper'",
+            reference_samples=imports,
+        ),
+        Row(
+            benchmark="answer",
+            variant="from the Host tier",
+            size_bytes=weight,
+            samples=host,
+            reference=fresh,
+            reference_samples=first,
+        ),
+        Row(
+            benchmark="answer",
+            variant="from the PinnedHost tier",
+            size_bytes=weight,
+            samples=pinned,
+            reference=fresh,
+            reference_samples=first,
+        ),
+    ]
+    write("agent", Record(rows=rows))
 
 
 if __name__ == "__main__":

@@ -65,6 +65,18 @@ def measure_private_anonymous_bytes(pid: int) -> int | None:
         return None
 
 
+def describe_activity(pid: int) -> str:
+    """Return a text that is the same as long as a process has not run; empty where it is unknown.
+
+    A process that waits for its next call has the memory that it had: reading it again would cost
+    the caller tens of milliseconds, as the kernel walks all of its pages.
+    """
+    try:
+        return Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii")
+    except OSError:  # it has ended, or the kernel counts no such thing
+        return ""
+
+
 def parse_mem_total_bytes(meminfo: str) -> int:
     """Return MemTotal of a text of /proc/meminfo."""
     for line in meminfo.splitlines():
@@ -85,10 +97,12 @@ class CpuDevice:
 
     def __init__(self, total_bytes: int | None = None) -> None:
         self._total_bytes = measure_total_bytes() if total_bytes is None else total_bytes
+        self._measured: dict[int, tuple[str, int]] = {}
 
     def reports(self, gpu_pids: Mapping[int, str]) -> list[DeviceReport]:
         """Return one device; used is what the GPU processes hold alone."""
-        used_bytes = sum(measure_private_anonymous_bytes(pid) or 0 for pid in gpu_pids)
+        self._measured = {pid: self._measured[pid] for pid in gpu_pids if pid in self._measured}
+        used_bytes = sum(self.process_bytes(pid) or 0 for pid in gpu_pids)
         return [
             DeviceReport(
                 uuid=CPU_UUID,
@@ -101,8 +115,16 @@ class CpuDevice:
         ]
 
     def process_bytes(self, pid: int) -> int | None:
-        """Return the private anonymous memory of a GPU process."""
-        return measure_private_anonymous_bytes(pid)
+        """Return the private anonymous memory of a GPU process, measured anew if it has run."""
+        activity = describe_activity(pid)
+        known_activity, known_bytes = self._measured.get(pid, ("", 0))
+        if activity and activity == known_activity:
+            return known_bytes
+        measured_bytes = measure_private_anonymous_bytes(pid)
+        if measured_bytes is not None:
+            # The activity from before: what it does meanwhile is measured the next time.
+            self._measured[pid] = activity, measured_bytes
+        return measured_bytes
 
     def baseline_bytes(self) -> int:
         """Return 0: nothing of the device is in use but by the GPU processes."""

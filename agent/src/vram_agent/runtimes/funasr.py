@@ -31,7 +31,6 @@ from vram_agent.errors import BadInputError, ModelFailedError
 from vram_agent.protocol import ModelSpec
 from vram_agent.runtimes.arrays import read_audio
 from vram_agent.runtimes.base import (
-    COUNT,
     FLAG,
     NUMBER,
     OBJECT,
@@ -41,6 +40,7 @@ from vram_agent.runtimes.base import (
     Reference,
     check_options,
     check_parameters,
+    is_number,
     one_of,
 )
 from vram_agent.runtimes.funasr_answers import read_transcript
@@ -81,8 +81,12 @@ _OPTIONS = {
     "language": TEXT.means("the language when a request names none", "the model's"),
     "hotword": TEXT.means("words to listen for, when a request names none", "none"),
     "useItn": FLAG.means("write numbers as digits, where the model can", "the model's"),
-    "batchSizeSeconds": COUNT.means(
-        "with `vadModel`: how much speech goes through the model at once, on a GPU", "300"
+    "batchSizeSeconds": Option(
+        lambda value: is_number(value) and value >= 0, "a number of seconds, or 0"
+    ).means(
+        "with `vadModel`: how much speech goes through the model at once, on a GPU; 0: one stretch "
+        "after the other, for models that take no batches",
+        "300",
     ),
     "arguments": _ARGUMENTS.means("further keyword arguments of `AutoModel`", "none"),
     "tensors": TENSORS,

@@ -20,6 +20,7 @@ from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, get_tokenizer
 
 from vram_agent.backend import Task, TaskKind, TaskResult, TensorSpec
 from vram_agent.engine.arena import Arena
+from vram_agent.engine.rules import TensorRule, TensorRules
 from vram_agent.engine.torch import TorchWeights
 from vram_agent.errors import BadInputError, ModelFailedError
 from vram_agent.protocol import ModelSpec
@@ -86,6 +87,10 @@ _SEGMENT_FIELDS = (
 )
 
 
+# Sparse, and read by the host alone (whisper/timing.py:207).
+_RULES = TensorRules({"alignment_heads": TensorRule.LEAVE})
+
+
 class WhisperRuntime:
     """Loads openai-whisper models on the CPU."""
 
@@ -105,7 +110,7 @@ class WhisperRuntime:
     )
 
     def load(self, spec: ModelSpec, arena: Arena) -> WhisperModel:
-        """Load a checkpoint with ``whisper.load_model``. Raises ModelFailedError."""
+        """Load a checkpoint as ``whisper.load_model`` does. Raises ModelFailedError."""
         check_options(spec, _OPTIONS)
         if spec.source not in whisper.available_models() and not os.path.isfile(spec.source):  # noqa: PTH113 - whisper's own test
             raise ModelFailedError(
@@ -114,10 +119,7 @@ class WhisperRuntime:
                 f"{', '.join(whisper.available_models())}"
             )
         try:
-            # On the CPU, always: on CUDA the checkpoint and the model would both lie in VRAM.
-            model = whisper.load_model(
-                spec.source, device="cpu", download_root=spec.options.get("downloadRoot")
-            )
+            model = _load_model(spec)
         except OSError as error:
             raise ModelFailedError(
                 f"model {spec.name}: {spec.source} cannot be read or downloaded: {error}"
@@ -138,7 +140,32 @@ class WhisperRuntime:
             ) from error
         model.eval()
         _warm_up(model)
-        return WhisperModel(spec, model, TorchWeights(model, arena))
+        return WhisperModel(spec, model, TorchWeights(model, arena, _RULES))
+
+
+def _load_model(spec: ModelSpec) -> whisper.Whisper:
+    """Return the model, on the CPU always: on CUDA, checkpoint and model would both lie in VRAM.
+
+    1. A file that can be mapped is, so that its weights are in memory once, as the model's own.
+    2. All else is the library's: names, and files that are compressed or older than torch 1.6.
+    """
+    # 1
+    if _can_map(spec.source):
+        checkpoint = torch.load(spec.source, map_location="cpu", mmap=True, weights_only=True)
+        model = whisper.Whisper(whisper.ModelDimensions(**checkpoint["dims"]))
+        model.load_state_dict(checkpoint["model_state_dict"])
+        return model
+    # 2
+    return whisper.load_model(
+        spec.source, device="cpu", download_root=spec.options.get("downloadRoot")
+    )
+
+
+def _can_map(source: str) -> bool:
+    if source in whisper.available_models() or not zipfile.is_zipfile(source):
+        return False
+    with zipfile.ZipFile(source) as archive:
+        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
 
 def _warm_up(model: whisper.Whisper) -> None:

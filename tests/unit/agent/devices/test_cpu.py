@@ -13,6 +13,7 @@ from vram_agent.cgroup import (
     parse_memory_limit_bytes,
     read_memory_limit_bytes,
 )
+from vram_agent.devices import cpu
 from vram_agent.devices.base import OutOfDeviceMemoryError, Placement
 from vram_agent.devices.cpu import (
     AnonymousMemory,
@@ -209,6 +210,51 @@ def test_the_device_says_what_it_is() -> None:
     assert device.place("") == device.place("0") == device.place("CPU-0")
     with pytest.raises(NoVramError, match="device 1 does not exist"):
         device.place("1")
+
+
+def test_a_process_is_read_again_once_it_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings: list[int] = []
+
+    def read(pid: int) -> int | None:
+        readings.append(pid)
+        return measure_private_anonymous_bytes(pid)
+
+    monkeypatch.setattr(cpu, "measure_private_anonymous_bytes", read)
+    script = (
+        "import sys\nheld=[]\nfor n in sys.stdin:\n held.append(b'x'*int(n)); print(flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        device = CpuDevice(1 << 40)
+
+        def take(nbytes: int) -> None:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            print(nbytes, file=process.stdin, flush=True)
+            process.stdout.readline()
+            # It has answered; what follows until it waits again is its last run.
+            while (
+                Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S"
+            ):
+                os.sched_yield()
+
+        take(1)
+        before_bytes = device.process_bytes(process.pid)
+        assert before_bytes is not None
+        for _ in range(3):
+            assert device.process_bytes(process.pid) == before_bytes
+            assert device.reports({process.pid: "CPU-0"})[0].used_bytes == before_bytes
+        assert readings == [process.pid]
+        take(32 * MIB)
+        after_bytes = device.reports({process.pid: "CPU-0"})[0].used_bytes
+        assert after_bytes - before_bytes == pytest.approx(32 * MIB, abs=MIB)
+        assert len(readings) == 2
+        process.stdin.close()
+        process.wait()
+        assert device.process_bytes(process.pid) is None
 
 
 def test_memory_beyond_the_total_is_refused_with_figures() -> None:

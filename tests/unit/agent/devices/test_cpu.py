@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -271,3 +272,34 @@ def test_memory_beyond_the_total_is_refused_with_figures() -> None:
     assert caught.value.total_bytes == total_bytes
     assert memory.is_out_of_memory(MemoryError())
     assert not memory.is_out_of_memory(ValueError("odd"))
+
+
+def test_what_another_thread_takes_while_the_first_one_waits_is_seen() -> None:
+    script = textwrap.dedent("""
+        import sys, threading
+        held = []
+
+        def work():
+            for line in open(0, closefd=False):
+                held.append(b"x" * int(line))
+                print(flush=True)
+
+        threading.Thread(target=work, daemon=True).start()
+        print(flush=True)
+        threading.Event().wait()
+    """)
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        device = CpuDevice(1 << 40)
+        before_bytes = device.process_bytes(process.pid)
+        assert before_bytes is not None
+        print(64 * MIB, file=process.stdin, flush=True)
+        process.stdout.readline()
+        after_bytes = device.process_bytes(process.pid)
+        assert after_bytes is not None
+        assert after_bytes - before_bytes > 60 * MIB
+        process.kill()

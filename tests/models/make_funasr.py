@@ -13,7 +13,6 @@ The budget is in steps, not seconds, and every draw comes from the seed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import time
@@ -27,6 +26,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from .command import read_command
 from .speech import SAMPLE_RATE_HZ, WORDS, Utterance, build_corpus, dress, warp
 
 log = logging.getLogger(__name__)
@@ -159,16 +159,7 @@ def make_funasr(folder: Path, recipe: Recipe) -> None:
 
 def main() -> None:
     """The command line."""
-    default = Recipe()
-    parser = argparse.ArgumentParser(description="Train the FunASR model of the tests.")
-    parser.add_argument("out", type=Path, metavar="FOLDER")
-    parser.add_argument("--steps", type=int, default=default.steps)
-    parser.add_argument("--clips", type=int, default=default.clips)
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--threads", type=int, default=default.threads)
-    chosen = vars(parser.parse_args())
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    make_funasr(chosen.pop("out"), Recipe(**chosen))
+    make_funasr(*read_command(Recipe(), "Train the FunASR model of the tests.", "FOLDER"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ hand because torch's exporter needs packages that nothing else here needs.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import time
@@ -38,6 +37,7 @@ from onnx.helper import (
 )
 from torch import Tensor, nn
 
+from .command import read_command
 from .speech import (
     DIGITS,
     SAMPLE_RATE_HZ,
@@ -229,16 +229,7 @@ def make_onnx(path: Path, recipe: Recipe) -> None:
 
 def main() -> None:
     """The command line."""
-    default = Recipe()
-    parser = argparse.ArgumentParser(description="Train the digit classifier of the tests.")
-    parser.add_argument("out", type=Path, metavar="OUT.onnx")
-    parser.add_argument("--steps", type=int, default=default.steps)
-    parser.add_argument("--clips", type=int, default=default.clips)
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--threads", type=int, default=default.threads)
-    chosen = vars(parser.parse_args())
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    make_onnx(chosen.pop("out"), Recipe(**chosen))
+    make_onnx(*read_command(Recipe(), "Train the digit classifier of the tests.", "OUT.onnx"))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ and library versions give the same file.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import time
@@ -35,6 +34,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor, nn
 
+from .command import read_command
 from .speech import (
     SAMPLE_RATE_HZ,
     WORDS,
@@ -239,16 +239,7 @@ def make_whisper(path: Path, recipe: Recipe) -> None:
 
 def main() -> None:
     """The command line."""
-    default = Recipe()
-    parser = argparse.ArgumentParser(description="Train the tiny Whisper of the tests.")
-    parser.add_argument("out", type=Path, metavar="OUT.pt")
-    parser.add_argument("--steps", type=int, default=default.steps)
-    parser.add_argument("--clips", type=int, default=default.clips)
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--threads", type=int, default=default.threads)
-    chosen = vars(parser.parse_args())
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    make_whisper(chosen.pop("out"), Recipe(**chosen))
+    make_whisper(*read_command(Recipe(), "Train the tiny Whisper of the tests.", "OUT.pt"))
 
 
 if __name__ == "__main__":

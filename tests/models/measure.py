@@ -2,10 +2,9 @@
 
     python -m tests.models.measure
 
-Exists so that a claim about accuracy has a command. Run by hand after `make_whisper`, `make_onnx`
-and `make_funasr` with their default recipes, on the machine that ran them: the recipes and the
-library versions that `data/MANIFEST.json` records are the ones in force here. Needs espeak-ng, and
-minutes.
+Exists so that a claim about accuracy has a command. Run by hand after `make_whisper`, `make_funasr`
+and `make_onnx` with their default recipes, on the machine that ran them: the recipes and library
+versions that `data/MANIFEST.json` records are the ones in force here. Needs espeak-ng, and minutes.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ import onnxruntime
 import torch
 import whisper
 
-from . import DATA, FUNASR, MANIFEST, WHISPER, make_funasr, make_onnx, make_whisper
 from . import DIGITS as DIGITS_MODEL
+from . import FUNASR, MANIFEST, WHISPER, make_funasr, make_onnx, make_whisper
 from .speech import (
     DIGITS,
     HELD_OUT_ACCENTS_POOL,
@@ -51,7 +50,6 @@ SECONDS = 400
 STEADY_POOL = VoicePool(("m4", "f3", "Mike", "Alex"), odd=True)
 """The voices of the committed clips."""
 TRAINING_LIBRARIES = ("torch", "numpy", "scipy")
-Transcribe = Callable[[Samples], str]
 
 
 def count_edits(wanted: Sequence[str], got: Sequence[str]) -> int:
@@ -65,7 +63,7 @@ def count_edits(wanted: Sequence[str], got: Sequence[str]) -> int:
     return row[-1]
 
 
-def measure_phrases(transcribe: Transcribe) -> dict[str, Any]:
+def measure_phrases(transcribe: Callable[[Samples], str]) -> dict[str, Any]:
     """Words right, for each kind of held-out phrase."""
     rng = Random(5)
     clean = build_corpus(PHRASES, seed=99, pool=HELD_OUT_POOL)
@@ -92,7 +90,9 @@ def _pad(item: Utterance) -> Utterance:
     return dataclasses.replace(item, samples=np.pad(item.samples, SAMPLE_RATE_HZ // 5))
 
 
-def score_phrases(transcribe: Transcribe, items: Sequence[Utterance]) -> dict[str, Any]:
+def score_phrases(
+    transcribe: Callable[[Samples], str], items: Sequence[Utterance]
+) -> dict[str, Any]:
     """Transcribe each item the stock way and count what is wrong."""
     edits = 0
     exact = 0
@@ -110,18 +110,6 @@ def score_phrases(transcribe: Transcribe, items: Sequence[Utterance]) -> dict[st
         "exact_clips": exact,
         "clips": len(items),
     }
-
-
-def load_whisper() -> Transcribe:
-    """The committed Whisper, as the library's users call it."""
-    model = whisper.load_model(str(WHISPER), device="cpu")
-    return lambda samples: str(model.transcribe(samples, language="en", fp16=False)["text"])
-
-
-def load_funasr() -> Transcribe:
-    """The committed FunASR model, as the library's users call it."""
-    auto = make_funasr.open_model(FUNASR, threads=2)
-    return lambda samples: str(auto.generate(input=samples)[0]["text"])
 
 
 def fill_second(samples: Samples, _: Random) -> Samples:
@@ -164,41 +152,53 @@ def describe_file(
     libraries: tuple[str, ...],
 ) -> dict[str, Any]:
     """What the file is and what made it."""
-    made = path.relative_to(DATA).parts[0]
     arguments = [f"--{name}={value}" for name, value in dataclasses.asdict(recipe).items()]
     versions = {name: version(name) for name in (*TRAINING_LIBRARIES, *libraries)}
     return {
         "script": script,
-        "command": f"python -m tests.models.{script} {made} {' '.join(arguments)}",
+        "command": f"python -m tests.models.{script} {path.name} {' '.join(arguments)}",
         **dataclasses.asdict(recipe),
         "versions": {
             "python": platform.python_version(),
             "espeak-ng": synthesiser_version(),
             **versions,
         },
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "bytes": path.stat().st_size,
+        "sha256": digest(path),
+        "bytes": sum(one.stat().st_size for one in list_files(path)),
     }
+
+
+def list_files(path: Path) -> list[Path]:
+    """The file, or the files of a folder, by name."""
+    return sorted(path.iterdir()) if path.is_dir() else [path]
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's files one after the other, by name."""
+    whole = hashlib.sha256()
+    for one in list_files(path):
+        whole.update(one.read_bytes())
+    return whole.hexdigest()
 
 
 def main() -> None:
     """Measure the models and write the manifest."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(2)
-    weights = FUNASR / "model.pt"
     speech = describe_file(
         WHISPER, "make_whisper", make_whisper.Recipe(), libraries=("openai-whisper",)
     )
     digits = describe_file(DIGITS_MODEL, "make_onnx", make_onnx.Recipe(), libraries=("onnx",))
-    words = describe_file(
-        weights, "make_funasr", make_funasr.Recipe(), libraries=("funasr", "torchaudio")
-    )
     session = onnxruntime.InferenceSession(DIGITS_MODEL, providers=["CPUExecutionProvider"])
     digits["held_out"] = measure_digits(session)
-    speech["held_out"] = measure_phrases(load_whisper())
-    words["held_out"] = measure_phrases(load_funasr())
-    described = {WHISPER: speech, DIGITS_MODEL: digits, weights: words}
-    manifest = {path.relative_to(DATA).as_posix(): entry for path, entry in described.items()}
+    stock = whisper.load_model(str(WHISPER), device="cpu")
+    speech["held_out"] = measure_phrases(
+        lambda samples: stock.transcribe(samples, language="en", fp16=False)["text"]
+    )
+    words = describe_file(FUNASR, "make_funasr", make_funasr.Recipe(), libraries=("funasr",))
+    auto = make_funasr.open_model(FUNASR, threads=2)
+    words["held_out"] = measure_phrases(lambda samples: auto.generate(input=samples)[0]["text"])
+    manifest = {WHISPER.name: speech, DIGITS_MODEL.name: digits, FUNASR.name: words}
     MANIFEST.write_text(json.dumps(manifest, indent=2) + "\n")
     log.info("%s", json.dumps(manifest, indent=2))
 

@@ -43,6 +43,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--log-format", choices=("json", "console"), help="default: console on a terminal"
     )
 
+    run = commands.add_parser(
+        "run",
+        help="wrap an application that is not ours",
+        usage="vram-agent run [OPTIONS] -- COMMAND...",
+    )
+    run.add_argument("--config", type=Path, metavar="FILE", help="an AgentConfig, YAML or JSON")
+    run.add_argument("--device", choices=("Auto", "CUDA", "CPU"), help="default: the config's")
+    run.add_argument("--listen-control", metavar="HOST:PORT", help="default 0.0.0.0:8001")
+    run.add_argument(
+        "--log-format", choices=("json", "console"), help="default: console on a terminal"
+    )
+
     report = commands.add_parser("report", help="print what an agent says of itself")
     report.add_argument("--url", default="http://127.0.0.1:8001", help="the agent's control port")
     report.add_argument("-o", "--output", choices=("table", "json"), default="table")
@@ -52,9 +64,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def split_wrapped(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return what is ours, and the command after the first ``--`` of ``run``."""
+    if list(arguments[:1]) != ["run"] or "--" not in arguments:
+        return list(arguments), []
+    place = list(arguments).index("--")
+    return list(arguments[:place]), list(arguments[place + 1 :])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 (failed) or 2 (invalid input)."""
-    options = build_parser().parse_args(arguments)
+    """Run one command and return its exit status: 0, 1 (failed) or 2 (invalid input).
+
+    ``run`` returns that of the command that it wraps.
+    """
+    words, wrapped = split_wrapped(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    if words[:1] == ["run"] and not wrapped and not {"-h", "--help"} & set(words):
+        parser.error("run: write the command after --, as in: vram-agent run -- python app.py")
+    options = parser.parse_args(words)
+    if options.command == "run":
+        from vram_agent.run import run_command  # noqa: PLC0415
+
+        return run_command(options, wrapped)
     if options.command == "serve":
         from vram_agent.serve import serve_command  # noqa: PLC0415
 

@@ -11,6 +11,7 @@ the first one.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,12 @@ from vram_agent.protocol import (
     OffloadTier,
     PodIdentity,
     Quantity,
+    RunPolicy,
     Runtime,
 )
 
 _MAX_PORT: Final = 65_535
+_URL: Final = re.compile(r"https?://[^/\s]+\S*\Z")
 
 
 def _pattern_of(kind: Any) -> str | None:
@@ -133,7 +136,8 @@ def find_faults(config: AgentConfig) -> list[str]:
     """Return what the types alone cannot say, one line for each fault; empty where all is well.
 
     1. Two models of one name. 2. Host tier without a template. 3. Models of one group on two
-    devices. 4. Listen addresses. 5. Quantities that must say something.
+    devices. 4. Listen addresses. 5. Quantities that must say something. 6. URLs and addresses of a
+    wrapped application.
     """
     faults: list[str] = []
     seen: dict[str, int] = {}
@@ -164,7 +168,23 @@ def find_faults(config: AgentConfig) -> list[str]:
     # 5
     if not config.limits.request_bytes:
         faults.append("limits.requestBytes: empty; write for example 64Mi")
+    # 6
+    faults += _find_run_faults(config.run)
     return faults
+
+
+def _find_run_faults(policy: RunPolicy) -> Iterator[str]:
+    for where, url in (
+        ("ready", policy.ready.http),
+        ("idle", policy.idle.http),
+        ("drain", policy.drain.http),
+    ):
+        if url and not _URL.match(url):
+            yield (
+                f"run.{where}.http: {url!r} is not a URL; write for example http://127.0.0.1:7860/"
+            )
+    if policy.ready.tcp and (fault := _find_address_fault(policy.ready.tcp)):
+        yield f"run.ready.tcp: {fault}"
 
 
 def _find_tier_faults(spec: ModelSpec, path: str) -> Iterator[str]:

@@ -45,7 +45,7 @@ class Agent:
                 entry = {"event": "text", "text": line.decode(errors="replace")}
             self.log.append(entry)
             if entry.get("event") == "ready":
-                self.serving = f"http://{entry['serving']}"
+                self.serving = f"http://{entry.get('serving', '')}"
                 self.control = f"http://{entry['control']}"
                 self.ready.set()
 

@@ -16,6 +16,8 @@ from msgspec import Struct
 from vram_agent.protocol import DeviceKind, DeviceReport, ResidualSource
 
 MIB = 1 << 20
+ANY_DEVICE = ""
+"""Where a process is that may be on any of the devices: one that is not ours to place."""
 
 
 class OutOfDeviceMemoryError(Exception):

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import pynvml
 
 from vram_agent.devices.base import (
+    ANY_DEVICE,
     Block,
     MemoryFigures,
     OutOfDeviceMemoryError,
@@ -167,7 +168,7 @@ class CudaDevice:
                 self._can_read = False
                 continue
             self._can_read = True
-            own = sum(1 for device in gpu_pids.values() if device == uuid)
+            own = sum(1 for device in gpu_pids.values() if device in {uuid, ANY_DEVICE})
             if len(self._driver.processes(uuid)) > own:
                 self._with_neighbours.add(uuid)
             self._note_baseline(uuid, used_bytes, has_own_process=own > 0)

@@ -113,6 +113,22 @@ class Arena:
                 joined.append(gap)
         self._gaps = joined
 
+    def let_go(self) -> int:
+        """Unmap every region and close the memfd; return the bytes that something still looks into.
+
+        Unlike ``close`` it takes nothing away: what is still looked into keeps its content, and
+        its memory goes with the last look.
+        """
+        left_bytes = 0
+        for region in self._regions:
+            try:
+                region.buffer.close()
+            except BufferError:
+                left_bytes += region.reserved_bytes
+        self._regions.clear()
+        os.close(self.fd)
+        return left_bytes
+
     def close(self) -> None:
         """Release every region and close the memfd."""
         for region in list(self._regions):

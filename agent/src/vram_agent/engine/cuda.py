@@ -224,6 +224,28 @@ class CudaMemory:
         )
 
 
+class SharedCudaMemory(CudaMemory):
+    """The same in a process where other threads may use the device at any time."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        measure_used_bytes: Callable[[], int | None],
+        is_shared: Callable[[], bool],
+    ) -> None:
+        super().__init__(placement, measure_used_bytes)
+        self._is_shared = is_shared
+
+    def empty_cache(self) -> None:
+        """Free the allocator's blocks; the workspaces only where no model could be using them.
+
+        A thread that is about to launch a kernel of cuBLAS holds the address of its workspace.
+        """
+        if not self._is_shared():
+            clear_workspaces()
+        torch.cuda.empty_cache()
+
+
 def find_pin_budget_bytes() -> int:
     """Return how much host memory may be locked: a share of what the container may use."""
     return int(_PINNED_SHARE * measure_total_bytes())

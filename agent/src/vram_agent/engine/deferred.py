@@ -14,6 +14,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,8 +44,17 @@ class _Loading:
     sessions: list[OnnxWeights] = field(default_factory=list)
 
 
-_loading: list[_Loading] = []
-"""The loads under way, the innermost last; a process loads one model at a time."""
+class _Loads(threading.local):
+    """The loads under way in a thread, the innermost last.
+
+    By thread: in a process that embeds the agent, others may make sessions of their own meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[_Loading] = []
+
+
+_loads = _Loads()
 
 
 @contextmanager
@@ -55,7 +65,7 @@ def defer_sessions(arena: Arena) -> Iterator[list[OnnxWeights]]:
     block, such as by a task, are ONNX Runtime's own.
     """
     loading = _Loading(arena)
-    _loading.append(loading)
+    _loads.stack.append(loading)
     finder = _Finder()
     if _MODULE in sys.modules:
         _replace_session(sys.modules[_MODULE])
@@ -64,7 +74,7 @@ def defer_sessions(arena: Arena) -> Iterator[list[OnnxWeights]]:
     try:
         yield loading.sessions
     finally:
-        _loading.pop()
+        _loads.stack.pop()
         if finder in sys.meta_path:
             sys.meta_path.remove(finder)
 
@@ -109,7 +119,7 @@ class DeferredSession:
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         """Return a session of ONNX Runtime's own outside of a load."""
-        if not _loading:
+        if not _loads.stack:
             return cls.original(*args, **options)
         return super().__new__(cls)
 
@@ -120,7 +130,7 @@ class DeferredSession:
         providers: Sequence[Any] | None = None,
         **_: Any,
     ) -> None:
-        loading = _loading[-1]
+        loading = _loads.stack[-1]
         self._providers = [one if isinstance(one, str) else one[0] for one in providers or ()]
         choices = SessionChoices(
             optimization=getattr(

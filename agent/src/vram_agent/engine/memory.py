@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 from vram_agent.devices.base import DeviceMemory, Placement
 from vram_agent.devices.cpu import AnonymousMemory
@@ -23,3 +24,20 @@ def open_memory(placement: Placement) -> DeviceMemory:
     from vram_agent.engine.cuda import CudaMemory  # noqa: PLC0415 - takes seconds to import
 
     return CudaMemory(placement, lambda: measure_used_bytes(placement.uuid))
+
+
+def open_shared_memory(placement: Placement, is_shared: Callable[[], bool]) -> DeviceMemory:
+    """Return the placement's memory in a process that other code uses too.
+
+    It sets no variable: the placement is the first device that the process sees. ``is_shared``
+    tells whether a model that is on the device may be used meanwhile.
+    """
+    if placement.kind is DeviceKind.CPU:
+        return AnonymousMemory(placement)
+    from vram_agent.devices.cuda import DriverMemory, measure_used_bytes  # noqa: PLC0415 - CUDA only
+
+    if importlib.util.find_spec("torch") is None:
+        return DriverMemory(placement)
+    from vram_agent.engine.cuda import SharedCudaMemory  # noqa: PLC0415 - takes seconds to import
+
+    return SharedCudaMemory(placement, lambda: measure_used_bytes(placement.uuid), is_shared)

@@ -28,7 +28,7 @@ async def end_orphans(leader_pid: int, known: frozenset[int]) -> None:
     """
     for pid in _list_children():
         if pid not in known and _is_orphan_of(leader_pid, pid):
-            await _end(pid)
+            await end_process(pid)
 
 
 def _list_children() -> list[int]:
@@ -51,7 +51,8 @@ def _is_orphan_of(leader_pid: int, pid: int) -> bool:
     return session == leader_pid or name == name_fork_of(leader_pid)
 
 
-async def _end(pid: int) -> None:
+async def end_process(pid: int) -> None:
+    """Kill and reap one process of this process's. Idempotent."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:

@@ -65,6 +65,13 @@ class AfterTask(StrEnum):
     KEEP = "Keep"
 
 
+class AfterCrash(StrEnum):
+    """What ``vram-agent run`` does when its command ends by a fault of its own."""
+
+    END = "End"
+    RESTART = "Restart"
+
+
 class ModelState(StrEnum):
     """Where a model is in its life."""
 

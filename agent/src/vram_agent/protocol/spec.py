@@ -13,6 +13,7 @@ from vram_agent.protocol.names import (
     CONTROL_PORT,
     DEFAULT_PUBLIC_KEY_FILE,
     SERVING_PORT,
+    AfterCrash,
     AfterTask,
     DevicePreference,
     DirtyAction,
@@ -203,6 +204,46 @@ class DrainPolicy(_Spec, frozen=True, kw_only=True):
     grace_seconds: Annotated[int, Meta(ge=0, le=86_400)] = 25
 
 
+class ReadyProbe(_Spec, frozen=True, kw_only=True):
+    """How a wrapped application says that it takes requests; both empty: it does once it runs.
+
+    ``http``: a GET of this URL answers 200 to 399. ``tcp``: ``host:port`` takes a connection.
+    """
+
+    http: str = ""
+    tcp: str = ""
+
+
+class IdleProbe(_Spec, frozen=True, kw_only=True):
+    """How a wrapped application says that it has nothing to do.
+
+    ``http``: a GET of this URL answers 200 when idle. Empty: it is idle once its processes used
+    less than ``cpu_percent`` of one core, and held the same memory, for ``quiet_seconds``.
+    """
+
+    http: str = ""
+    cpu_percent: Annotated[int, Meta(ge=1, le=100_000)] = 5
+    quiet_seconds: Annotated[int, Meta(ge=1, le=86_400)] = 10
+
+
+class DrainHook(_Spec, frozen=True, kw_only=True):
+    """How a wrapped application is told to take no new requests; empty: by SIGTERM.
+
+    ``http``: a POST of this URL begins, a DELETE takes it back. 200: drained; 202: wait until idle.
+    """
+
+    http: str = ""
+
+
+class RunPolicy(_Spec, frozen=True, kw_only=True):
+    """What ``vram-agent run`` knows of the application that it wraps."""
+
+    ready: ReadyProbe = field(default_factory=ReadyProbe)
+    idle: IdleProbe = field(default_factory=IdleProbe)
+    drain: DrainHook = field(default_factory=DrainHook)
+    after_crash: AfterCrash = AfterCrash.END
+
+
 class ConfigMetadata(_Spec, frozen=True, kw_only=True):
     """What the writer of a config says of it."""
 
@@ -224,3 +265,4 @@ class AgentConfig(_Spec, frozen=True, kw_only=True):
     control: ControlPolicy = field(default_factory=ControlPolicy)
     limits: Limits = field(default_factory=Limits)
     drain: DrainPolicy = field(default_factory=DrainPolicy)
+    run: RunPolicy = field(default_factory=RunPolicy)

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from vram_agent import __version__
-from vram_agent.__main__ import main
+from vram_agent.__main__ import main, split_wrapped
 from vram_agent.protocol import (
     ActionReport,
     ActionState,
@@ -231,3 +231,35 @@ def test_serve_opens_as_many_files_as_it_may(
     monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: now.__setitem__(0, wanted))
     assert ensure_open_files() == expected
     assert now[0] == (expected, limits[1])
+
+
+@pytest.mark.parametrize(
+    ("words", "ours", "wrapped"),
+    [
+        pytest.param(
+            ["run", "--device=CPU", "--", "python", "-m", "app"],
+            ["run", "--device=CPU"],
+            ["python", "-m", "app"],
+            id="the command begins after the dashes",
+        ),
+        pytest.param(
+            ["run", "--", "sh", "--", "x"],
+            ["run"],
+            ["sh", "--", "x"],
+            id="later dashes are the command's own",
+        ),
+        pytest.param(["report", "--", "x"], ["report", "--", "x"], [], id="only run wraps"),
+    ],
+)
+def test_a_command_line_is_split(words: list[str], ours: list[str], wrapped: list[str]) -> None:
+    assert split_wrapped(words) == (ours, wrapped)
+
+
+@pytest.mark.parametrize("words", [["run"], ["run", "--"], ["run", "python", "app.py"]])
+def test_run_without_a_command_says_how_to_write_one(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "vram-agent run -- python app.py" in capsys.readouterr().err

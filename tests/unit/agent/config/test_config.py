@@ -140,6 +140,17 @@ def model(**fields: Any) -> dict[str, Any]:
             ],
             id="no Host tier without a template",
         ),
+        pytest.param(
+            {"run": {"ready": {"tcp": "7860"}, "idle": {"http": "127.0.0.1:7860/idle"}}},
+            [
+                (
+                    "run.idle.http: '127.0.0.1:7860/idle' is not a URL; write for example "
+                    "http://127.0.0.1:7860/"
+                ),
+                "run.ready.tcp: '7860' is not host:port; write for example 0.0.0.0:8000",
+            ],
+            id="URLs of a wrapped application are whole",
+        ),
         pytest.param(["models"], ["config: a mapping is expected, not list"], id="not a mapping"),
         pytest.param(None, ["config: a mapping is expected, not nothing"], id="an empty file"),
     ],

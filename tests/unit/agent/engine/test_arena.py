@@ -23,6 +23,18 @@ def test_alignment(nbytes: int, aligned: int) -> None:
     assert align(nbytes, 512) == aligned
 
 
+def test_what_is_still_looked_into_outlives_an_arena_that_lets_go() -> None:
+    arena = Arena("t")
+    kept, dropped = arena.allocate(10), arena.allocate(10)
+    kept.buffer[:5] = b"whole"
+    with memoryview(kept.buffer) as look:
+        assert arena.let_go() == kept.reserved_bytes
+        assert bytes(look[:5]) == b"whole"
+    assert dropped.buffer.closed
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(arena.fd)
+
+
 def test_a_released_region_goes_back_while_the_others_stay() -> None:
     arena = Arena("t")
     one, other = arena.allocate(8 * MIB), arena.allocate(4 * MIB)

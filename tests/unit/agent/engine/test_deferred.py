@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,6 +76,25 @@ def test_a_session_of_bytes_and_one_outside_of_a_load(arena: Arena) -> None:
     assert len(sessions) == 1
     assert np.array_equal(deferred.run(["probabilities"], {"audio": audio}), expected)
     assert len(deferred.run(None, {"audio": audio})) == 2
+
+
+def test_a_session_that_another_thread_makes_during_a_load_is_its_own(arena: Arena) -> None:
+    import onnxruntime  # noqa: PLC0415 - after the environment is set
+
+    made: list[Any] = []
+
+    def make() -> None:
+        made.append(
+            onnxruntime.InferenceSession(str(models.DIGITS), providers=["CPUExecutionProvider"])
+        )
+
+    with defer_sessions(arena) as sessions:
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+    assert sessions == []
+    audio = np.zeros((1, 16_000), np.float32)
+    assert made[0].run(["digit"], {"audio": audio})[0].shape == (1,)
 
 
 def test_a_session_that_names_no_gpu_stays_on_the_cpu_and_others_do_not(arena: Arena) -> None:

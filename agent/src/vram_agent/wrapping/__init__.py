@@ -1,0 +1,1 @@
+"""An application that is not ours, as a child of the agent: ``vram-agent run``."""

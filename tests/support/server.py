@@ -48,6 +48,12 @@ def speech_view(name: str = "whisper", state: ModelState = ModelState.OFFLOADED)
     )
 
 
+def speaking_view(name: str = "tts") -> ModelView:
+    """A model that speaks, on the device."""
+    loaded = LoadedModel(name=name, weight_bytes=500, tasks=frozenset({TaskKind.SPEECH}))
+    return _view(name, Runtime.PYTHON, ModelState.RESIDENT, loaded)
+
+
 def infer_view(name: str = "adder", state: ModelState = ModelState.RESIDENT) -> ModelView:
     """A model with the inputs a, b and the output sum."""
     shape = (-1,)

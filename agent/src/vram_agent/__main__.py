@@ -58,6 +58,14 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="print what an agent says of itself")
     report.add_argument("--url", default="http://127.0.0.1:8001", help="the agent's control port")
     report.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    report.add_argument(
+        "--watch",
+        type=_seconds,
+        nargs="?",
+        const=2.0,
+        metavar="SECONDS",
+        help="again and again, so many seconds apart (2), until interrupted",
+    )
 
     validate = commands.add_parser("validate", help="check a config file")
     validate.add_argument("file", type=Path, metavar="FILE")
@@ -70,6 +78,13 @@ def split_wrapped(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         return list(arguments), []
     place = list(arguments).index("--")
     return list(arguments[:place]), list(arguments[place + 1 :])
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text}: write seconds from 0.1 to 86400")
+    return seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "report":
         from vram_agent.report import report_command  # noqa: PLC0415
 
-        return report_command(options.url, options.output)
+        return report_command(options.url, options.output, options.watch)
     return _validate(options.file)
 
 

@@ -31,6 +31,7 @@ from vram_agent.protocol import (
     Quantity,
     RunPolicy,
     Runtime,
+    ServingPolicy,
 )
 
 _MAX_PORT: Final = 65_535
@@ -62,6 +63,7 @@ class Settings:
     pod: PodIdentity
     node: str
     state_directory: Path
+    api_key_file: str = ""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
@@ -74,7 +76,18 @@ class Settings:
             ),
             node=environment.get("NODE_NAME", ""),
             state_directory=Path(environment.get("VRAM_AGENT_STATE_DIR") or STATE_DIRECTORY),
+            api_key_file=environment.get("VRAM_AGENT_API_KEY_FILE", ""),
         )
+
+    def complete(self, config: AgentConfig) -> AgentConfig:
+        """Return the config with what it leaves to the environment.
+
+        In template mode the operator writes the config, and the pod's author only the environment.
+        """
+        if config.serving.api_key_file or not self.api_key_file:
+            return config
+        serving = ServingPolicy(api_key_file=self.api_key_file)
+        return msgspec.structs.replace(config, serving=serving)
 
 
 def load_config(path: Path) -> AgentConfig:

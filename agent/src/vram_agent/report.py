@@ -6,8 +6,9 @@ changes nothing.
 
 from __future__ import annotations
 
+import http.client
 import sys
-import urllib.error
+import time
 import urllib.request
 from collections.abc import Sequence
 
@@ -16,28 +17,44 @@ import msgspec
 from vram_agent.protocol import Report
 
 _TIMEOUT_SECONDS = 10.0
+_CLEAR = "\x1b[H\x1b[2J"  # the cursor to the top, then all below it away
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def report_command(url: str, output: str) -> int:
-    """Print the report of the agent at ``url``; 1 when there is none to be had."""
+def report_command(url: str, output: str, watch_seconds: float | None = None) -> int:
+    """Print the report of the agent at ``url``; 1 when there is none to be had.
+
+    With ``watch_seconds`` one report after the other, that many seconds apart, until interrupted;
+    an agent that does not answer is said so each time, since it may be on its way back.
+    """
     address = url.rstrip("/")
     if not address.startswith(("http://", "https://")):
         address = f"http://{address}"
     if not address.endswith("/report"):
         address += "/report"
+    if watch_seconds is None:
+        return _print_report(address, output, "")
+    before = _CLEAR if sys.stdout.isatty() else ""
+    status = 1
+    try:
+        while True:
+            status = _print_report(address, output, before)
+            time.sleep(watch_seconds)
+    except KeyboardInterrupt:
+        return status
+
+
+def _print_report(address: str, output: str, before: str) -> int:
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_SECONDS) as answer:  # noqa: S310
             body = answer.read()
         report = msgspec.json.decode(body, type=Report)
-    except (OSError, urllib.error.URLError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
-        print(f"no report from {address}: {reason}", file=sys.stderr)
+        print(f"{before}no report from {address}: {reason}", file=sys.stderr, flush=True)
         return 1
-    if output == "json":
-        sys.stdout.write(msgspec.json.format(body, indent=2).decode() + "\n")
-    else:
-        print(format_report(report))
+    text = msgspec.json.format(body, indent=2).decode() if output == "json" else None
+    print(f"{before}{format_report(report) if text is None else text}", flush=True)
     return 0
 
 

@@ -52,7 +52,8 @@ def serve_command(options: argparse.Namespace) -> int:
     configure_logs(options.log_format or default_format())
     ensure_open_files()
     bound_malloc()
-    return asyncio.run(serve(config, Settings.from_environment(os.environ)))
+    settings = Settings.from_environment(os.environ)
+    return asyncio.run(serve(settings.complete(config), settings))
 
 
 def ensure_open_files(wanted: int = _MAX_OPEN_FILES) -> int:

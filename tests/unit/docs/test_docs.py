@@ -207,7 +207,15 @@ def test_a_name_on_objects_is_documented(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "variable", ["POD_NAME", "POD_NAMESPACE", "POD_UID", "NODE_NAME", "VRAM_AGENT_STATE_DIR"]
+    "variable",
+    [
+        "POD_NAME",
+        "POD_NAMESPACE",
+        "POD_UID",
+        "NODE_NAME",
+        "VRAM_AGENT_STATE_DIR",
+        "VRAM_AGENT_API_KEY_FILE",
+    ],
 )
 def test_a_variable_that_the_agent_reads_is_documented(variable: str) -> None:
     assert variable in (ROOT / "agent/src/vram_agent/config.py").read_text(encoding="utf-8")

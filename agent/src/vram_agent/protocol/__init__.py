@@ -73,6 +73,7 @@ from vram_agent.protocol.spec import (
     ReadyProbe,
     Residency,
     RunPolicy,
+    ServingPolicy,
     VramPolicy,
 )
 
@@ -128,6 +129,7 @@ __all__ = [
     "RunPolicy",
     "Runtime",
     "ScrubReport",
+    "ServingPolicy",
     "Tier",
     "Transition",
     "VramPolicy",

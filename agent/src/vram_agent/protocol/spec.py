@@ -192,6 +192,12 @@ class ControlPolicy(_Spec, frozen=True, kw_only=True):
     allow_unsigned: bool = False
 
 
+class ServingPolicy(_Spec, frozen=True, kw_only=True):
+    """Whose requests an agent serves."""
+
+    api_key_file: str = ""
+
+
 class Limits(_Spec, frozen=True, kw_only=True):
     """Bounds on what one request may bring."""
 
@@ -263,6 +269,7 @@ class AgentConfig(_Spec, frozen=True, kw_only=True):
     device: DevicePreference = DevicePreference.AUTO
     listen: Listen = field(default_factory=Listen)
     control: ControlPolicy = field(default_factory=ControlPolicy)
+    serving: ServingPolicy = field(default_factory=ServingPolicy)
     limits: Limits = field(default_factory=Limits)
     drain: DrainPolicy = field(default_factory=DrainPolicy)
     run: RunPolicy = field(default_factory=RunPolicy)

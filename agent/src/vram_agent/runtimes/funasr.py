@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +45,7 @@ from vram_agent.runtimes.base import (
 from vram_agent.runtimes.checkpoints import can_map
 from vram_agent.runtimes.funasr_answers import read_transcript
 from vram_agent.runtimes.torch_tensors import find_device
+from vram_agent.runtimes.torch_weights import BROKEN_FILE
 
 # What FunASR imports sets the root logger to INFO, and its own log_level then changes nothing.
 logging.getLogger().setLevel(logging.WARNING)
@@ -155,20 +154,7 @@ class FunasrRuntime:
         try:
             with _hold_once():
                 auto = funasr.AutoModel(**_arguments(spec))
-        except (
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-            yaml.YAMLError,
-            ImportError,
-            OSError,
-            RuntimeError,
-            AssertionError,
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-            EOFError,
-        ) as error:
+        except (*BROKEN_FILE, yaml.YAMLError, ImportError, AttributeError) as error:
             first = next(iter(str(error).strip().splitlines()), "")[:300]
             raise ModelFailedError(
                 f"model {spec.name}: FunASR cannot load {spec.source} ({type(error).__name__}: "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +29,7 @@ from vram_agent.protocol import ModelSpec
 from vram_agent.runtimes.arrays import SAMPLE_RATE_HERTZ, as_tensor, read_audio
 from vram_agent.runtimes.base import Reference, check_options, check_parameters
 from vram_agent.runtimes.torch_tensors import find_device
+from vram_agent.runtimes.torch_weights import BROKEN_FILE
 from vram_agent.runtimes.transformers_answers import (
     TEXT_INPUT,
     as_json,
@@ -123,18 +123,7 @@ def _make_pipeline(spec: ModelSpec) -> tuple[str, Any]:
             **choices,
             **spec.options.get("arguments", {}),
         )
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        OSError,
-        ImportError,
-        RuntimeError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        EOFError,
-    ) as error:
+    except (*BROKEN_FILE, SafetensorError, ImportError, AttributeError) as error:
         first = next(iter(str(error).strip().splitlines()), "")[:300]
         raise ModelFailedError(
             f"model {spec.name}: transformers cannot make a pipeline of {spec.source} "

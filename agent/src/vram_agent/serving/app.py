@@ -6,6 +6,7 @@ by ``__main__`` (both ports) and by the embedding library (the control port only
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import time
 
@@ -13,17 +14,21 @@ from aiohttp import web
 
 from vram_agent.metrics import AgentMetrics
 from vram_agent.protocol import AgentConfig, PodIdentity
-from vram_agent.serving import control, oip, openai
+from vram_agent.serving import control, oip, openai, speech
+from vram_agent.serving.api_keys import API_KEYS, ApiKeys, known_keys_only
 from vram_agent.serving.audio import AudioDecoder
 from vram_agent.serving.base import ModelServer
 from vram_agent.serving.context import (
+    CONVERSIONS,
     DECODER,
+    ENCODER,
     LIMITS,
     METRICS,
     PLACES,
     SERVER,
     STARTED_AT,
 )
+from vram_agent.serving.encoder import SpeechEncoder
 from vram_agent.serving.limits import RequestLimits
 from vram_agent.serving.middleware import errors_as_answers, request_metrics
 from vram_agent.serving.places import Places
@@ -89,7 +94,7 @@ async def start_servers(
             _control_app(server, config, pod, metrics, limits), _CONTROL, config.listen.control
         )
         running.serving_address = await running.listen(
-            _serving_app(server, metrics, limits), _SERVING, config.listen.serving
+            _serving_app(server, config, metrics, limits), _SERVING, config.listen.serving
         )
     except BaseException:
         await running.close()
@@ -112,18 +117,22 @@ async def start_control(
 
 
 def _serving_app(
-    server: ModelServer, metrics: AgentMetrics, limits: RequestLimits
+    server: ModelServer, config: AgentConfig, metrics: AgentMetrics, limits: RequestLimits
 ) -> web.Application:
-    names = {**openai.API_NAMES, **oip.API_NAMES}
-    app = web.Application(middlewares=[request_metrics(names), errors_as_answers])
+    names = {**openai.API_NAMES, **speech.API_NAMES, **oip.API_NAMES}
+    app = web.Application(middlewares=[request_metrics(names), errors_as_answers, known_keys_only])
+    app[API_KEYS] = ApiKeys(config.serving.api_key_file)
     app[SERVER] = server
     app[LIMITS] = limits
     app[METRICS] = metrics
     app[PLACES] = Places(limits)
     app[DECODER] = AudioDecoder()
+    app[ENCODER] = SpeechEncoder()
+    app[CONVERSIONS] = asyncio.Semaphore(1)
     app[STARTED_AT] = int(time.time())
     app.on_response_prepare.append(_hide_version)
     openai.add_routes(app)
+    speech.add_routes(app)
     oip.add_routes(app)
     return app
 

@@ -68,6 +68,8 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _of_the_router(request, error)
     except HttpProcessingError as error:
         return error_answer(request.path, BadInputError(f"malformed request: {error.message}"))
+    except ConnectionResetError:  # the client went away while its answer was sent
+        raise
     except Exception:  # the last resort: a client must get an answer, and never a traceback
         _log.exception("request failed", method=request.method, path=request.path)
         return error_answer(request.path, AgentError("internal error; the agent's log says more"))

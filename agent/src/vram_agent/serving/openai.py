@@ -1,10 +1,12 @@
 """The OpenAI API on the serving port: models, transcriptions, translations.
 
-Why it exists: applications that speak it need no change. It parses and renders; queueing, loading
-and VRAM are the supervisor's, behind ``ModelServer.submit``. What a runtime gets is a Task of kind
-TRANSCRIBE or TRANSLATE with the tensor ``audio`` and, where the client gave them, the parameters
-``language`` (text), ``prompt`` (text), ``temperature`` (0 to 1) and ``word_timestamps`` (true: each
-segment gets ``words``, a list of {word, start, end}).
+Why it exists: applications that speak it need no change; ``speech.py`` is its other half. It parses
+and renders; queueing, loading and VRAM are the supervisor's, behind ``ModelServer.submit``. What a
+runtime gets is a Task of kind TRANSCRIBE or TRANSLATE with the tensor ``audio`` and, where the
+client gave them, the parameters ``language`` (text), ``prompt`` (text), ``temperature`` (0 to 1)
+and ``word_timestamps`` (true: each segment gets ``words``, a list of {word, start, end}).
+
+A stream has a delta for each segment, once the task is done: runtimes give results whole.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from vram_agent.serving.requests import (
     refuse_large_before_continue,
     requested_model,
 )
+from vram_agent.serving.streams import send_events
 from vram_agent.serving.transcripts import Format, Granularity
 from vram_agent.serving.uploads import Form, receive_form
 
@@ -61,6 +64,7 @@ class Question:
 
     model: str
     format: Format = Format.JSON
+    is_stream: bool = False
     granularities: tuple[Granularity, ...] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
@@ -88,23 +92,23 @@ async def get_model(request: web.Request) -> web.Response:
     return json_answer(_model(request, requested_model(request, request.match_info["m"])))
 
 
-async def transcribe(request: web.Request) -> web.Response:
+async def transcribe(request: web.Request) -> web.StreamResponse:
     """``POST /v1/audio/transcriptions``."""
     with request.app[PLACES].take():
         return await _answer(request, TaskKind.TRANSCRIBE)
 
 
-async def translate(request: web.Request) -> web.Response:
+async def translate(request: web.Request) -> web.StreamResponse:
     """``POST /v1/audio/translations``: into English."""
     with request.app[PLACES].take():
         return await _answer(request, TaskKind.TRANSLATE)
 
 
-async def _answer(request: web.Request, kind: TaskKind) -> web.Response:
+async def _answer(request: web.Request, kind: TaskKind) -> web.StreamResponse:
     """The upload is gone before the task waits in the queue; its samples go with the task."""
     keep_alive = keep_alive_seconds(request)
     async with receive_form(request) as form:
-        question = parse_question(form)
+        question = parse_question(form, kind)
         view = requested_model(request, question.model)
         ensure_offered(request.app[SERVER], view, kind)
         if form.file is None:
@@ -112,17 +116,18 @@ async def _answer(request: web.Request, kind: TaskKind) -> web.Response:
         audio = await request.app[DECODER].decode(form.file)
     task = Task(kind=kind, parameters=question.parameters, tensors=(audio,))
     result = await request.app[SERVER].submit(view.spec.name, task, keep_alive_seconds=keep_alive)
+    if question.is_stream:
+        return await send_events(request, transcripts.to_events(result.values))
     return _render(_timed(result, audio), kind, question)
 
 
-def parse_question(form: Form) -> Question:
+def parse_question(form: Form, kind: TaskKind) -> Question:
     """Return what the form asks for. Raises BadInputError that names field and allowed values."""
     for name in form.fields:
         if name not in _FIELDS:
             raise BadInputError(
                 f"unknown field {name[:64]!r}; known are {', '.join(_FIELDS)}", param=name[:64]
             )
-    _refuse_stream(_single(form, "stream"))
     model = _single(form, "model")
     if not model:
         raise BadInputError("the form names no model", param="model")
@@ -134,9 +139,15 @@ def parse_question(form: Form) -> Question:
         raise BadInputError(
             f"{_GRANULARITIES} needs response_format=verbose_json", param=_GRANULARITIES
         )
+    is_stream = _flag("stream", _single(form, "stream"))
+    if is_stream and kind is not TaskKind.TRANSCRIBE:
+        raise BadInputError("only transcriptions stream; leave stream out", param="stream")
+    if is_stream and response_format is not Format.JSON:
+        raise BadInputError("stream needs response_format=json", param="stream")
     return Question(
         model=model,
         format=response_format,
+        is_stream=is_stream,
         granularities=granularities,
         parameters=_parameters(form, granularities),
     )
@@ -184,14 +195,12 @@ def _temperature(text: str) -> float:
     return value
 
 
-def _refuse_stream(value: str | None) -> None:
-    if value is None or value.lower() in {"false", "0", ""}:
-        return
-    if value.lower() in {"true", "1"}:
-        raise BadInputError(
-            "stream=true is not supported; leave it out and the answer comes whole", param="stream"
-        )
-    raise BadInputError(f"stream: {value[:40]!r} is not one of true, false", param="stream")
+def _flag(name: str, value: str | None) -> bool:
+    words = {"true": True, "1": True, "false": False, "0": False, "": False}
+    found = words.get((value or "").lower())
+    if found is None:
+        raise BadInputError(f"{name}: {(value or '')[:40]!r} is not one of true, false", param=name)
+    return found
 
 
 def _timed(result: TaskResult, audio: Tensor) -> dict[str, Any]:

@@ -6,7 +6,10 @@ handlers; decides nothing about models.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
+from collections.abc import AsyncIterator
 from typing import TypeVar
 
 import msgspec
@@ -16,12 +19,34 @@ from vram_agent.backend import TaskKind
 from vram_agent.errors import AgentError, BadInputError, TooLargeError
 from vram_agent.protocol import format_quantity
 from vram_agent.serving.answers import error_answer
+from vram_agent.serving.api_keys import ensure_admitted
 from vram_agent.serving.base import ModelServer, ModelView
 from vram_agent.serving.context import LIMITS, MODEL, SERVER
 
+STALL_SECONDS = 60.0
+"""A client that neither sends nor takes a byte for so long is given up: it would hold a place."""
 KEEP_ALIVE_HEADER = "X-Vram-Keep-Alive"
 
 T = TypeVar("T")
+
+
+class StalledError(AgentError):
+    """The client began a request and stopped sending it."""
+
+    status = 408
+    code = "request_timeout"
+
+
+@contextlib.asynccontextmanager
+async def expect_more() -> AsyncIterator[None]:
+    """Bound the wait for the next piece of a body. Raises StalledError."""
+    try:
+        async with asyncio.timeout(STALL_SECONDS):
+            yield
+    except TimeoutError:
+        raise StalledError(
+            f"nothing more of the request came for {STALL_SECONDS:g} seconds"
+        ) from None
 
 
 def ensure_size(number_of_bytes: int | None, limit_bytes: int) -> None:
@@ -31,12 +56,13 @@ def ensure_size(number_of_bytes: int | None, limit_bytes: int) -> None:
 
 
 async def refuse_large_before_continue(request: web.Request) -> web.StreamResponse | None:
-    """Answer ``Expect: 100-continue``: 413 before the client sends what would be refused."""
+    """Answer ``Expect: 100-continue``: 401 or 413 before the client sends what would be refused."""
     if request.version != HttpVersion11:
         return None
     if request.headers.get(hdrs.EXPECT, "").lower() != "100-continue":
         return error_answer(request.path, BadInputError("Expect: only 100-continue is known"))
     try:
+        ensure_admitted(request)
         ensure_size(request.content_length, request.app[LIMITS].request_bytes)
     except AgentError as error:
         return error_answer(request.path, error)
@@ -46,16 +72,31 @@ async def refuse_large_before_continue(request: web.Request) -> web.StreamRespon
 
 
 async def read_body(request: web.Request, limit_bytes: int) -> bytes:
-    """Return the whole body. Raises TooLargeError as soon as it is known to be too large."""
-    ensure_size(request.content_length, limit_bytes)
+    """Return the whole body.
+
+    Raises TooLargeError as soon as it is known to be too large, and StalledError.
+    """
     body = bytearray()
-    async for chunk in request.content.iter_any():
+    async for chunk in read_chunks(request, limit_bytes):
         body += chunk
-        ensure_size(len(body), limit_bytes)
     return bytes(body)
 
 
-def decode_json(body: bytes, kind: type[T]) -> T:
+async def read_chunks(request: web.Request, limit_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the body as it comes in. Raises as ``read_body``."""
+    ensure_size(request.content_length, limit_bytes)
+    received = 0
+    while True:
+        async with expect_more():
+            chunk = await request.content.readany()
+        if not chunk:
+            return
+        received += len(chunk)
+        ensure_size(received, limit_bytes)
+        yield chunk
+
+
+def decode_json(body: bytes | memoryview, kind: type[T]) -> T:
     """Return the body as ``kind``. Raises BadInputError that names the place of the fault."""
     try:
         return msgspec.json.decode(body, type=kind)
@@ -95,7 +136,8 @@ def ensure_offered(server: ModelServer, view: ModelView, kind: TaskKind) -> None
     if view.loaded is None or kind in view.loaded.tasks:
         return
     able = [v.spec.name for v in server.models() if v.loaded and kind in v.loaded.tasks]
+    verb = "speak" if kind is TaskKind.SPEECH else kind.value
     raise BadInputError(
-        f"model {view.spec.name} cannot {kind.value}; models that can: {', '.join(able) or 'none'}",
+        f"model {view.spec.name} cannot {verb}; models that can: {', '.join(able) or 'none'}",
         param="model",
     )

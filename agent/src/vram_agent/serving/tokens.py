@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +19,7 @@ import structlog
 
 from vram_agent.errors import AgentError
 from vram_agent.protocol import MAX_TOKEN_LIFETIME_SECONDS
+from vram_agent.serving.watched import WatchedKeys
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -28,7 +28,6 @@ _log = structlog.get_logger(__name__)
 
 ALGORITHM = "EdDSA"
 _MAX_SPENT = 10_000
-_MAX_KEY_FILE_BYTES = 64 * 1024
 _PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----.+?-----END PUBLIC KEY-----", re.DOTALL)
 
 
@@ -77,29 +76,15 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PublicKeys:
-    """The operator's public keys in a PEM file: the current one and, while it rotates, another.
-
-    The file is looked at with each call: a ConfigMap swaps a symbolic link, so inode and times of
-    what the path leads to tell that it changed.
-    """
+    """The operator's public keys in a PEM file: the current one and, while it rotates, another."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._seen: tuple[int, ...] | None = None
-        self._keys: tuple[Ed25519PublicKey, ...] = ()
+        self._keys = WatchedKeys(path, lambda text: _parse_keys(text, path))
 
     def current(self) -> tuple[Ed25519PublicKey, ...]:
         """Return the keys of the file as it is now; none where it cannot be read."""
-        try:
-            with open(self.path, "rb") as file:  # noqa: PTH123 - fstat and read of one inode
-                status = os.fstat(file.fileno())
-                seen = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-                if seen != self._seen:
-                    self._keys = _parse_keys(file.read(_MAX_KEY_FILE_BYTES), self.path)
-                    self._seen = seen
-        except OSError:
-            self._keys, self._seen = (), None
-        return self._keys
+        return self._keys.current()
 
 
 class TokenVerifier:

@@ -1,4 +1,4 @@
-"""A transcription in the five formats of the OpenAI API; pure.
+"""A transcription in the five formats of the OpenAI API, and as its stream of events; pure.
 
 Why it exists: runtimes give text and timed segments, clients want JSON or subtitles. Called by
 ``openai.py``.
@@ -85,6 +85,27 @@ def to_vtt(values: Mapping[str, Any]) -> str:
         text = _line(segment["text"]).replace("&", "&amp;").replace("<", "&lt;")
         cues.append(f"{start} --> {end}\n{text}\n\n")
     return "".join(cues)
+
+
+def to_events(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the stream's events: a delta for each segment, then the whole.
+
+    The deltas put together are the whole text, as clients expect: where the segments' texts are
+    not, there is one delta.
+    """
+    text = _text(values)
+    parts = [str(segment.get("text", "")) for segment in values.get("segments", ())]
+    whole = "".join(parts)
+    if whole.strip() != text:
+        parts = [whole := text]
+    deltas = []
+    end = len(whole.lstrip()) - len(whole)  # blanks before the text belong to no delta
+    for part in parts:
+        begin, end = end, end + len(part)
+        delta = text[max(begin, 0) : max(end, 0)]
+        if delta:
+            deltas.append({"type": "transcript.text.delta", "delta": delta})
+    return [*deltas, {"type": "transcript.text.done", "text": text}]
 
 
 def _segments(values: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

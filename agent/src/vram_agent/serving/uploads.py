@@ -1,7 +1,7 @@
-"""Receives a multipart form with one file without ever holding the file in memory.
+"""Receives what is large, a form with one file or a body of tensors, without holding it in memory.
 
-Why it exists: ``aiohttp`` offers a form that is read whole, and recordings are large. Called by the
-OpenAI handlers. It knows no field names and no audio.
+Why it exists: ``aiohttp`` offers a body that is read whole, and recordings and tensors are large.
+Called by the OpenAI and OIP handlers. It knows no field names, no audio and no tensors.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import BinaryIO
 from aiohttp import BodyPartReader, web
 
 from vram_agent.errors import BadInputError
-from vram_agent.serving.audio import close_scratch, open_scratch, write_scratch
 from vram_agent.serving.context import LIMITS
-from vram_agent.serving.requests import ensure_size
+from vram_agent.serving.requests import ensure_size, expect_more, read_chunks
+from vram_agent.serving.scratch import close_scratch, map_scratch, open_scratch, write_scratch
 
 _FILE = "file"
 _MAX_PARTS = 64
@@ -53,11 +53,36 @@ async def receive_form(request: web.Request) -> AsyncIterator[Form]:
             close_scratch(form.file)
 
 
+async def receive_body(request: web.Request, limit_bytes: int) -> memoryview:
+    """Return the body; one that is large lies in an unlinked temporary file, which is mapped.
+
+    The file is gone with the last view of it. Raises TooLargeError as soon as the announced or
+    received size is beyond the limit, and StalledError.
+    """
+    waiting = bytearray()
+    scratch: BinaryIO | None = None
+    try:
+        async for chunk in read_chunks(request, limit_bytes):
+            waiting += chunk
+            if len(waiting) >= _WRITE_BYTES:
+                scratch = scratch or open_scratch()
+                await _write(scratch, bytes(waiting))
+                waiting.clear()
+        if scratch is None:
+            return memoryview(bytes(waiting))
+        await _write(scratch, bytes(waiting))
+        return map_scratch(scratch)
+    finally:
+        if scratch is not None:
+            close_scratch(scratch)
+
+
 async def _receive(request: web.Request, form: Form) -> None:
     try:
         reader = await request.multipart()
         for _ in range(_MAX_PARTS):
-            part = await reader.next()
+            async with expect_more():
+                part = await reader.next()
             if part is None:
                 return
             if not isinstance(part, BodyPartReader) or part.name is None:
@@ -105,7 +130,11 @@ async def _receive_file(request: web.Request, part: BodyPartReader, file: Binary
 
 async def _chunks(request: web.Request, part: BodyPartReader) -> AsyncIterator[bytes]:
     """Yield a part's data, checking the size of the whole body as it comes in."""
-    while chunk := await part.read_chunk(_CHUNK_BYTES):
+    while True:
+        async with expect_more():
+            chunk = await part.read_chunk(_CHUNK_BYTES)
+        if not chunk:
+            return
         ensure_size(request.content.total_bytes, request.app[LIMITS].request_bytes)
         yield bytes(chunk)
 

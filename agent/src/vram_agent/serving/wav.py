@@ -1,8 +1,8 @@
-"""Reads WAV files with 16-bit PCM without ffmpeg.
+"""Reads and begins WAV files with 16-bit PCM without ffmpeg.
 
 Why it exists: it is what voice clients send most, short and ready to use, and starting a process
 for it takes longer than reading it. Also the fallback of an image without ffmpeg. Called by
-``audio.py`` only.
+``audio.py`` and ``encoder.py`` only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ _PCM = 1
 _EXTENSIBLE = 0xFFFE
 _MAX_CHUNKS = 64
 _MAX_CHANNELS = 64
+_HEAD_BYTES = 44
+_MAX_DATA_BYTES = 0xFFFF_FFFF - _HEAD_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,17 @@ def read_header(file: BinaryIO) -> WavHeader | None:
             return _header(layout, offset, min(length, size - offset))
         offset += length + length % 2
     return None
+
+
+def header(count: int, rate_hz: int) -> bytes:
+    """Return what stands before ``count`` mono samples; too many for the format: to the end."""
+    data_bytes = min(2 * count, _MAX_DATA_BYTES)
+    return struct.pack(
+        "<4sI4s4sIHHIIHH4sI",
+        *(b"RIFF", data_bytes + _HEAD_BYTES - 8, b"WAVE"),
+        *(b"fmt ", 16, _PCM, 1, rate_hz, 2 * rate_hz, 2, 16),
+        *(b"data", data_bytes),
+    )
 
 
 def read_samples(descriptor: int, header: WavHeader) -> bytes:

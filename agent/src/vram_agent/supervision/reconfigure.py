@@ -19,7 +19,7 @@ from vram_agent.supervision.fleet import Fleet, ModelCell, PendingCommand, group
 from vram_agent.supervision.requests import Requests
 from vram_agent.supervision.transitions import Transitions
 
-_FIXED = ("listen", "device", "control")
+_FIXED = ("listen", "device", "control", "serving")
 _OWN = (*_FIXED, "limits", "drain")
 """What concerns the process and not its models: the operator does not know it."""
 

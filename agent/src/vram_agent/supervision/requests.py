@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterable
 
 from vram_agent.backend import Task, TaskResult
-from vram_agent.errors import AgentError, QueueFullError, QueueTimeoutError
+from vram_agent.errors import AgentError, BadInputError, QueueFullError, QueueTimeoutError
 from vram_agent.supervision.effects import TaskOutcome
 from vram_agent.supervision.fleet import Fleet, ModelCell, Waiting
 from vram_agent.supervision.ports import Surroundings, format_time
@@ -114,11 +114,12 @@ class Requests:
     def _expire(self, cell: ModelCell, waiting: Waiting) -> None:
         self._leave(cell, waiting)
         seconds = self._fleet.config.queue.timeout_seconds
+        ahead = len(cell.queue)  # who comes again waits behind them
         error = QueueTimeoutError(
             f"the request waited longer than queue.timeoutSeconds ({seconds}) "
             f"for model {cell.name} ({cell.residence})"
             + (f"; {cell.waits_for}" if cell.waits_for else ""),
-            retry_after_seconds=self.retry_after_seconds(cell),
+            retry_after_seconds=min(seconds, (1 + ahead) * self.retry_after_seconds(cell)),
         )
         self._answer(waiting, None, error)
 
@@ -140,6 +141,8 @@ class Requests:
             # Each waiter gets an exception of its own: a shared one would grow by a traceback each.
             copy = type(error)(error.message)
             copy.retry_after_seconds = error.retry_after_seconds
+            if isinstance(error, BadInputError) and isinstance(copy, BadInputError):
+                copy.param = error.param
             copy.__cause__ = error.__cause__
             waiting.answer.set_exception(copy)
         elif result is not None:

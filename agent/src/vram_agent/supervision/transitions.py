@@ -251,7 +251,8 @@ class Transitions:
             is_gone = (
                 outcome.has_lost_all
                 or (member is cell and step.kind is StepKind.UNLOAD)
-                or (member.loads_on_device and step.kind is not StepKind.OFFLOAD)
+                # Without a template nothing outlives the process, also where an offload ended it.
+                or (member.loads_on_device and not has_gpu_process)
             )
             note = (step.reason, kind if member is cell else "offload", outcome.seconds)
             if member.residence.state is ModelState.OFFLOADING:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -190,6 +191,46 @@ def test_report_prints_what_an_agent_answers(
 def test_report_answers_1_where_no_agent_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "--url", "http://127.0.0.1:9"]) == 1
     assert "no report from http://127.0.0.1:9/report" in capsys.readouterr().err
+
+
+def watching(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "vram_agent", "report", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_watched_report_is_printed_again_until_it_is_interrupted(report_url: str) -> None:
+    with watching("--url", report_url, "--watch", "0.1", "-o", "table") as process:
+        assert process.stdout is not None
+        heads = 0
+        while heads < 3:
+            heads += process.stdout.readline().startswith("agent 0.1.0 Serve speech/pod-1")
+        process.send_signal(signal.SIGINT)
+        _, complaints = process.communicate()
+    assert (process.returncode, complaints) == (0, "")
+
+
+def test_a_watch_goes_on_while_no_agent_answers() -> None:
+    with watching("--url", "http://127.0.0.1:9", "--watch", "0.1") as process:
+        assert process.stderr is not None
+        for _ in range(2):
+            assert process.stderr.readline().startswith("no report from http://127.0.0.1:9/report")
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon"])
+def test_a_watch_without_a_pause_is_refused(
+    seconds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["report", f"--watch={seconds}"])
+    assert caught.value.code == 2
+    assert "--watch" in capsys.readouterr().err
 
 
 def test_the_reaper_takes_an_ended_child_by_its_id_and_no_other() -> None:

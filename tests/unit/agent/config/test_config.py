@@ -256,3 +256,11 @@ def test_the_environment_is_read_once() -> None:
     assert settings.state_directory == Path("/var/lib/vram-agent")
     moved = Settings.from_environment({"VRAM_AGENT_STATE_DIR": "/elsewhere"})
     assert moved.state_directory == Path("/elsewhere")
+
+
+def test_the_environment_names_the_api_keys_where_the_config_does_not() -> None:
+    settings = Settings.from_environment({"VRAM_AGENT_API_KEY_FILE": "/keys"})
+    assert settings.complete(parse_config({})).serving.api_key_file == "/keys"
+    own = parse_config({"serving": {"apiKeyFile": "/own"}})
+    assert settings.complete(own) == own
+    assert Settings.from_environment({}).complete(parse_config({})) == parse_config({})

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import structlog
 import torch
 from vram_agent import Manager
 from vram_agent.protocol import ModelReport, Report
@@ -16,6 +17,13 @@ from vram_agent.protocol import ModelReport, Report
 DEADLINE_SECONDS = 60.0
 SMALL, LARGE = 256, 2048
 LARGE_BYTES = 2 * (LARGE * LARGE + LARGE) * 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leaves_logging_as_it_was() -> Iterator[None]:
+    """A Manager sets structlog up where nobody has; tests of other parts read what it prints."""
+    yield
+    structlog.reset_defaults()
 
 
 class Model(torch.nn.Module):

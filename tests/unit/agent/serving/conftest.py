@@ -15,6 +15,7 @@ from vram_agent.protocol import (
     Listen,
     PodIdentity,
     QueuePolicy,
+    ServingPolicy,
 )
 from vram_agent.serving.app import RunningServers, start_servers
 
@@ -52,11 +53,13 @@ async def start_agent() -> AsyncIterator[StartAgent]:
         max_depth: int = 256,
         control: ControlPolicy | None = None,
         pod_uid: str = "pod-uid",
+        api_key_file: str = "",
     ) -> Agent:
         config = AgentConfig(
             listen=ANY_PORT,
             limits=Limits(request_bytes=request_bytes),
             queue=QueuePolicy(max_depth=max_depth),
+            serving=ServingPolicy(api_key_file=api_key_file),
             control=control or ControlPolicy(public_key_file="/nonexistent/keys.pem"),
         )
         server = server or FakeModelServer()

@@ -10,7 +10,7 @@ from array import array
 from pathlib import Path
 
 from vram_agent.backend import Tensor
-from vram_agent.serving.audio import find_ffmpeg
+from vram_agent.serving.ffmpeg import find_ffmpeg
 
 
 def tone(seconds: float, rate_hz: int = 16_000, channels: int = 1) -> array[int]:

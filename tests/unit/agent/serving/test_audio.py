@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 import pytest
 from vram_agent.errors import BadInputError, TooLargeError
-from vram_agent.serving.audio import AudioDecoder, open_scratch
+from vram_agent.serving.audio import AudioDecoder
+from vram_agent.serving.scratch import open_scratch
 
 from tests.unit.agent.serving.sounds import crossings, encoded, floats, tone, wav
 

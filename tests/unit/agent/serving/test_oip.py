@@ -4,7 +4,7 @@ import struct
 from typing import Any
 
 import pytest
-from vram_agent.backend import TaskKind, TaskResult, Tensor
+from vram_agent.backend import Task, TaskKind, TaskResult, Tensor
 from vram_agent.errors import ModelFailedError
 from vram_agent.protocol import ModelState
 
@@ -42,7 +42,15 @@ async def post(agent: Agent, path: str, body: Any = None, **options: Any) -> tup
 async def test_the_server_names_itself(agent: Agent) -> None:
     assert await get(agent, "/v2") == (
         200,
-        {"name": "vram-agent", "version": "0.1.0", "extensions": ["model_repository"]},
+        {
+            "name": "vram-agent",
+            "version": "0.1.0",
+            "extensions": [
+                "binary_tensor_data",
+                "model_repository",
+                "model_repository(unload_dependents)",
+            ],
+        },
     )
 
 
@@ -88,6 +96,16 @@ async def test_no_model_is_ready_while_the_agent_drains(
 ) -> None:
     server.ready = False
     assert (await get(agent, "/v2/models/lazy/ready"))[0] == 503
+
+
+async def test_version_1_is_the_only_one(agent: Agent) -> None:
+    assert (await get(agent, "/v2/models/adder/versions/1"))[1]["versions"] == ["1"]
+    assert (await get(agent, "/v2/models/adder/versions/1/ready"))[0] == 200
+    assert (await post(agent, "/v2/models/adder/versions/1/infer", {"inputs": [A]}))[0] == 200
+    refused = (404, {"error": "model adder has no version 2; it has 1"})
+    assert await get(agent, "/v2/models/adder/versions/2") == refused
+    assert await get(agent, "/v2/models/adder/versions/2/ready") == refused
+    assert await post(agent, "/v2/models/adder/versions/2/infer", {"inputs": [A]}) == refused
 
 
 @pytest.mark.parametrize(
@@ -153,6 +171,23 @@ async def test_a_large_request_and_answer_give_the_same(
     assert body["outputs"][0]["data"] == large["data"]
 
 
+async def test_large_json_waits_in_the_queue_without_holding_memory(
+    agent: Agent, server: FakeModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[Any] = []
+    submit = server.submit
+
+    async def noting(model: str, task: Task, **options: Any) -> TaskResult:
+        submitted.extend(type(tensor.data) for tensor in task.tensors)
+        return await submit(model, task, **options)
+
+    monkeypatch.setattr(server, "submit", noting)
+    large = {**A, "datatype": "INT64", "shape": [200_000], "data": [1] * 200_000}
+    assert (await post(agent, INFER, {"inputs": [large, {**A, "name": "b"}]}))[0] == 200
+    assert submitted == [memoryview, bytes]
+    assert server.submissions[0].task.tensors[0].data == struct.pack("<q", 1) * 200_000
+
+
 async def test_outputs_are_selected_and_ordered(start_agent: StartAgent) -> None:
     server = FakeModelServer([absent_view("adder")], result=TaskResult(tensors=(SUM, COUNT)))
     agent = await start_agent(server)
@@ -179,20 +214,13 @@ async def test_an_unknown_output_is_refused_before_the_model_runs(
         pytest.param({}, "missing required field `inputs`", id="no inputs"),
         pytest.param({"inputs": [{**A, "shape": [3]}]}, "needs 3 elements", id="a wrong shape"),
         pytest.param({"inputs": [{**A, "shape": ["x"]}]}, "$.inputs[0].shape[0]", id="no shape"),
-        pytest.param({"inputs": [{**A, "datatype": "FP16"}]}, "binary-tensor", id="FP16"),
+        pytest.param({"inputs": [{**A, "datatype": "BF16"}]}, "BF16 is not carried", id="BF16"),
         pytest.param({"inputs": [A, A]}, "given twice", id="an input twice"),
         pytest.param(
             {"inputs": [{"name": "a", "datatype": "FP32", "shape": [1]}]}, "no data", id="no data"
         ),
         pytest.param(
-            {"inputs": [A], "parameters": {"binary_data_output": True}},
-            "binary-tensor extension",
-            id="binary outputs",
-        ),
-        pytest.param(
-            {"inputs": [A], "outputs": [{"name": "sum", "parameters": {"binary_data": True}}]},
-            "binary-tensor extension",
-            id="a binary output",
+            {"inputs": [A], "outputs": [{"name": "sum"}] * 2}, "asked for twice", id="output twice"
         ),
     ],
 )
@@ -210,13 +238,6 @@ async def test_what_is_no_json_is_refused(agent: Agent) -> None:
     status, body = await post(agent, INFER, data=b"{")
     assert status == 400
     assert "the body is not what this call takes" in body["error"]
-
-
-async def test_the_binary_header_is_refused(agent: Agent) -> None:
-    headers = {"Inference-Header-Content-Length": "10"}
-    status, body = await post(agent, INFER, {"inputs": [A]}, headers=headers)
-    assert status == 400
-    assert body["error"].startswith("Inference-Header-Content-Length: this agent does not have")
 
 
 async def test_a_model_that_cannot_infer_names_those_that_can(agent: Agent) -> None:
@@ -257,6 +278,16 @@ async def test_load_does_not_take_a_config(agent: Agent, server: FakeModelServer
     assert status == 400
     assert "agent's config" in answer["error"]
     assert not server.calls
+
+
+async def test_unload_takes_triton_s_parameter_and_no_other(
+    agent: Agent, server: FakeModelServer
+) -> None:
+    path = "/v2/repository/models/lazy/unload"
+    assert await post(agent, path, {"parameters": {"unload_dependents": True}}) == (200, {})
+    refused = await post(agent, path, {"parameters": {"force": True}})
+    assert refused == (400, {"error": "unload has no parameter 'force'"})
+    assert server.calls == [("unload", "lazy")]
 
 
 async def test_a_load_that_fails_says_why(start_agent: StartAgent) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import aiohttp
 import pytest
 from vram_agent.backend import TaskKind, TaskResult
+from vram_agent.errors import QueueFullError
 
 from tests.support.server import FakeModelServer, absent_view, infer_view, speech_view
 from tests.unit.agent.serving.conftest import Agent, StartAgent
@@ -216,7 +217,12 @@ async def test_word_times_that_the_model_does_not_give_are_no_silent_omission(ag
         ),
         pytest.param([("temperature", "nan")], "temperature", "from 0 to 1", id="nan"),
         pytest.param([("temperature", "1.5")], "temperature", "from 0 to 1", id="too hot"),
-        pytest.param([("stream", "true")], "stream", "not supported", id="streaming"),
+        pytest.param(
+            [("stream", "true"), ("response_format", "srt")],
+            "stream",
+            "needs response_format=json",
+            id="a stream of subtitles",
+        ),
         pytest.param([("stream", "maybe")], "stream", "one of true, false", id="half streaming"),
         pytest.param([("language", "x" * 33)], "language", "a code", id="an endless language"),
         pytest.param([("lnguage", "en")], "lnguage", "known are file, model, language", id="typo"),
@@ -233,6 +239,39 @@ async def test_fields_that_are_wrong(
     assert body["error"]["param"] == param
     assert reason in body["error"]["message"]
     assert not server.submissions
+
+
+async def test_a_stream_gives_a_delta_for_each_segment_and_then_the_whole(
+    agent: Agent, server: FakeModelServer
+) -> None:
+    texts = (" One,", " two.", " Three.")
+    server.result = TaskResult(
+        values={"text": "One, two. Three.", "segments": [{**SEGMENT, "text": t} for t in texts]}
+    )
+    answer, text = await post(agent, form(("model", "whisper"), ("stream", "true")))
+    assert (answer.status, answer.content_type) == (200, "text/event-stream")
+    assert answer.headers["Cache-Control"] == "no-cache"
+    assert text == (
+        'data: {"type":"transcript.text.delta","delta":"One,"}\n\n'
+        'data: {"type":"transcript.text.delta","delta":" two."}\n\n'
+        'data: {"type":"transcript.text.delta","delta":" Three."}\n\n'
+        'data: {"type":"transcript.text.done","text":"One, two. Three."}\n\n'
+    )
+
+
+async def test_what_fails_before_a_stream_begins_is_an_error_like_any_other(
+    agent: Agent, server: FakeModelServer
+) -> None:
+    server.error = QueueFullError("full", retry_after_seconds=3)
+    answer, text = await post(agent, form(("model", "whisper"), ("stream", "true")))
+    assert (answer.status, answer.headers["Retry-After"]) == (429, "3")
+    assert '"code":"queue_full"' in text
+
+
+async def test_translations_do_not_stream(agent: Agent) -> None:
+    data = form(("model", "whisper"), ("stream", "true"))
+    status, body = await post_json(agent, data, "/v1/audio/translations")
+    assert (status, body["error"]["param"]) == (400, "stream")
 
 
 async def test_stream_false_is_no_stream(agent: Agent) -> None:

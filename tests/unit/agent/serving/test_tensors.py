@@ -9,7 +9,7 @@ import pytest
 from vram_agent.backend import Tensor
 from vram_agent.errors import BadInputError
 from vram_agent.serving.answers import json_answer
-from vram_agent.serving.tensors import to_list, to_tensor
+from vram_agent.serving.tensors import from_binary, to_binary, to_list, to_tensor
 
 LITTLE_ENDIAN = [
     pytest.param("BOOL", [True, False], "0100", id="BOOL"),
@@ -21,6 +21,7 @@ LITTLE_ENDIAN = [
     pytest.param("INT16", [-2, 258], "feff0201", id="INT16"),
     pytest.param("INT32", [-1, 2**31 - 1], "ffffffffffffff7f", id="INT32"),
     pytest.param("INT64", [-(2**63)], "0000000000000080", id="INT64"),
+    pytest.param("FP16", [1.0, -2.5, 65504.0], "003c00c1ff7b", id="FP16"),
     pytest.param("FP32", [1.0, -2.5], "0000803f000020c0", id="FP32"),
     pytest.param("FP64", [1.0], "000000000000f03f", id="FP64"),
     pytest.param("BYTES", ["ab", ""], "02000000616200000000", id="BYTES"),
@@ -34,6 +35,53 @@ def test_json_becomes_little_endian_bytes_and_back(
     tensor = to_tensor("x", datatype, [len(data)], data)
     assert bytes(tensor.data).hex() == expected
     assert to_list(tensor) == data
+
+
+@pytest.mark.parametrize(("datatype", "data", "raw"), LITTLE_ENDIAN)
+def test_binary_data_pass_as_they_are_and_mean_the_same_as_json(
+    datatype: str, data: list[Any], raw: str
+) -> None:
+    view = memoryview(bytes.fromhex(raw))
+    tensor = from_binary("x", datatype, [len(data)], view)
+    assert tensor.data is view
+    assert to_binary(tensor) == view
+    assert to_list(tensor) == data
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "raw", "reason"),
+    [
+        pytest.param("FP32", [2], "00" * 7, "takes 8 bytes, binary_data_size is 7", id="a byte"),
+        pytest.param("FP16", [1, 2], "00" * 8, "takes 4 bytes", id="twice the size"),
+        pytest.param("INT8", [2**40, 2**40], "00", "takes 1208925819614629174706176", id="huge"),
+        pytest.param("INT8", [], "", "takes 1 bytes", id="a scalar without a byte"),
+        pytest.param("INT8", [-1], "00", "0 or more", id="a free dimension"),
+        pytest.param("INT8", [1] * 33, "00", "at most 32", id="too many dimensions"),
+        pytest.param("BF16", [1], "803f", "BF16 is not carried", id="BF16"),
+        pytest.param("FLOAT", [1], "00", "'FLOAT' is not one of", id="unknown datatype"),
+        pytest.param("BYTES", [2], "0100000061", "needs 2 elements.*has 1", id="too few texts"),
+        pytest.param("BYTES", [1], "00000000" * 2, "needs 1 elements.*has 2", id="too many texts"),
+        pytest.param("BYTES", [1], "0200000061", "breaks off within one", id="a text cut off"),
+        pytest.param("BYTES", [1], "ffffffff61", "breaks off within one", id="a length that lies"),
+        pytest.param("BYTES", [1], "010000", "breaks off within one", id="a length cut off"),
+    ],
+)
+def test_binary_data_that_are_wrong_are_refused_with_the_reason(
+    datatype: str, shape: list[int], raw: str, reason: str
+) -> None:
+    with pytest.raises(BadInputError, match=reason) as caught:
+        from_binary("x", datatype, shape, memoryview(bytes.fromhex(raw)))
+    assert caught.value.message.startswith("input x")
+
+
+def test_an_empty_tensor_is_no_fault() -> None:
+    for datatype in ("FP32", "BYTES", "BOOL"):
+        tensor = from_binary("x", datatype, [0, 3], memoryview(b""))
+        assert (to_list(tensor), to_binary(tensor).nbytes) == ([], 0)
+
+
+def test_large_numbers_that_a_datatype_holds_are_in_its_range_all_together() -> None:
+    assert to_list(to_tensor("x", "FP64", [2], [1e308, 1e308])) == [1e308, 1e308]
 
 
 def test_whole_numbers_are_floats_where_the_datatype_is() -> None:
@@ -82,8 +130,8 @@ def test_odd_shapes_that_are_right(shape: list[int], data: list[Any]) -> None:
         pytest.param("UINT8", [1], [-1], "out of the range of UINT8", id="negative"),
         pytest.param("BOOL", [1], [1], "no element of datatype BOOL", id="a number as boolean"),
         pytest.param("BYTES", [1], [1], "no element of datatype BYTES", id="a number as text"),
-        pytest.param("FP16", [1], [1], "binary-tensor extension", id="FP16"),
-        pytest.param("BF16", [1], [1], "binary-tensor extension", id="BF16"),
+        pytest.param("FP16", [1], [65520], "out of the range of FP16", id="too large for FP16"),
+        pytest.param("BF16", [1], [1], "BF16 is not carried.*use FP32", id="BF16"),
         pytest.param("FLOAT", [1], [1], "'FLOAT' is not one of BOOL, UINT8", id="unknown datatype"),
     ],
 )
@@ -103,18 +151,25 @@ def test_floats_that_json_lacks_become_null_in_answers() -> None:
     assert msgspec.json.decode(body) == {"data": [None, None, 0.5]}
 
 
-def test_an_output_whose_bytes_do_not_fit_its_shape_is_the_runtime_s_fault() -> None:
-    with pytest.raises(ValueError, match="has 1 elements"):
-        to_list(Tensor(name="y", datatype="INT8", shape=(2,), data=b"\x01"))
-
-
 @pytest.mark.parametrize(
-    ("datatype", "data"),
+    ("datatype", "data", "reason"),
     [
-        pytest.param("FP16", b"\0\0", id="FP16"),
-        pytest.param("BYTES", b"\1\0\0\0\xff", id="no UTF-8"),
+        pytest.param("INT8", b"\x01", "has 1 elements, its shape is", id="too few"),
+        pytest.param("INT16", b"\x01\0\0", "3 bytes, which is no whole number", id="a half"),
+        pytest.param("BYTES", b"\x09\0\0\0", "no whole number of elements", id="a text cut off"),
     ],
 )
-def test_outputs_that_json_cannot_carry_are_refused(datatype: str, data: bytes) -> None:
-    with pytest.raises(BadInputError, match=r"output y.*binary-tensor extension"):
-        to_list(Tensor(name="y", datatype=datatype, shape=(1,), data=data))
+def test_an_output_whose_bytes_do_not_fit_its_shape_is_the_runtime_s_fault(
+    datatype: str, data: bytes, reason: str
+) -> None:
+    tensor = Tensor(name="y", datatype=datatype, shape=(2,), data=data)
+    for write in (to_list, to_binary):
+        with pytest.raises(ValueError, match=reason):
+            write(tensor)
+
+
+def test_a_text_that_json_cannot_carry_is_refused_and_how_to_get_it_said() -> None:
+    tensor = Tensor(name="y", datatype="BYTES", shape=(1,), data=b"\1\0\0\0\xff")
+    with pytest.raises(BadInputError, match=r"output y.*no UTF-8.*binary_data"):
+        to_list(tensor)
+    assert bytes(to_binary(tensor)) == b"\1\0\0\0\xff"

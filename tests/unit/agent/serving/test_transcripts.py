@@ -104,3 +104,23 @@ def test_words_stand_beside_the_segments_and_not_in_them() -> None:
 )
 def test_whether_a_result_has_times_of_words(values: dict[str, Any], *, expected: bool) -> None:
     assert transcripts.has_words(values) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "segments", "deltas"),
+    [
+        pytest.param("", [], [], id="silence"),
+        pytest.param("Hello.", [], ["Hello."], id="a model that gives text only"),
+        pytest.param("a b", [" a", " b"], ["a", " b"], id="segments"),
+        pytest.param("a b", [" ", " a", "", " b", "\n"], ["a", " b"], id="blanks around"),
+        pytest.param("a, b.", ["a", "b"], ["a, b."], id="texts that are not the whole's"),
+    ],
+)
+def test_deltas_put_together_are_the_text(
+    text: str, segments: list[str], deltas: list[str]
+) -> None:
+    events = transcripts.to_events(
+        {"text": text, "segments": [{"text": part} for part in segments]}
+    )
+    assert [event["delta"] for event in events[:-1]] == deltas
+    assert events[-1] == {"type": "transcript.text.done", "text": text}

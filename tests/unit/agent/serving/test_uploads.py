@@ -12,7 +12,7 @@ from typing import BinaryIO, cast
 import aiohttp
 import pytest
 from vram_agent.serving import uploads
-from vram_agent.serving.audio import ScratchFullError, close_scratch, write_scratch
+from vram_agent.serving.scratch import ScratchFullError, close_scratch, write_scratch
 
 from tests.unit.agent.serving.conftest import Agent, StartAgent
 

@@ -22,6 +22,7 @@ from vram_agent.protocol import (
     LoadPolicy,
     Residency,
     RestartRequest,
+    ServingPolicy,
     VramPolicy,
 )
 from vram_agent.supervision.journal import FileJournal
@@ -348,6 +349,7 @@ async def test_a_config_that_says_nothing_of_the_process_leaves_its_settings(
         models=[spec("a")],
         listen=Listen(serving="0.0.0.0:9000"),
         control=ControlPolicy(public_key_file="/keys.pem"),
+        serving=ServingPolicy(api_key_file="/api-keys"),
         limits=Limits(request_bytes="1Mi"),
         drain=DrainPolicy(grace_seconds=5),
         device=DevicePreference.CPU,

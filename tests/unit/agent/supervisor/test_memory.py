@@ -198,6 +198,25 @@ async def test_after_a_task_a_model_goes_to_its_offload_tier(
     assert await rig.ask("a")
 
 
+@pytest.mark.parametrize(
+    ("options", "state"), [({}, "Offloaded/Host"), ({"loadsOn": "cuda"}, "Absent/Disk")]
+)
+async def test_an_offload_that_fails_ends_the_process_and_says_what_that_left(
+    make_rig: MakeRig, options: dict[str, str], state: str
+) -> None:
+    stay = {"idle_tier": OffloadTier.DISK}
+    rig = make_rig(spec("a", options=options, stay=stay))
+    error = ModelFailedError("2 CUDA graphs were captured")
+    rig.backend.script.fail("offload", "a", error)
+    assert await rig.ask("a")
+    await rig.settle(1)
+    assert rig.state("a") == state
+    transition = rig.supervisor.model("a").report.last_transition
+    assert transition is not None
+    assert transition.message == error.message
+    assert await rig.ask("a")
+
+
 async def test_while_a_mate_needs_the_gpu_process_a_model_only_leaves_vram(
     make_rig: MakeRig,
 ) -> None:

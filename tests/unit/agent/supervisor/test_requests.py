@@ -7,6 +7,7 @@ import tracemalloc
 
 import pytest
 from vram_agent.errors import (
+    BadInputError,
     ModelFailedError,
     NoSuchModelError,
     NoVramError,
@@ -111,6 +112,30 @@ async def test_a_request_that_waits_longer_than_the_timeout_gets_its_504(
     assert loop.time() - began == pytest.approx(3.0, abs=0.01)
     assert rig.supervisor.model("a").report.queued == 0
     await running
+
+
+async def test_a_504_says_when_the_queue_ahead_is_likely_served(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a"), queue=QueuePolicy(timeout_seconds=30))
+    await rig.ask("a", seconds=4.0)
+    running = rig.ask("a", seconds=60.0)
+    await rig.settle(0.1)
+    late = rig.ask("a")
+    await rig.settle(10)
+    later = [rig.ask("a", seconds=1.0) for _ in range(3)]
+    with pytest.raises(QueueTimeoutError) as caught:
+        await late
+    assert caught.value.retry_after_seconds == pytest.approx((1 + 3) * 4.0)
+    results = await asyncio.gather(*later, return_exceptions=True)
+    assert [type(result) for result in results] == [QueueTimeoutError] * 3
+    await running
+
+
+async def test_the_parameter_at_fault_reaches_the_client(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a"))
+    rig.backend.script.fail("run", "a", BadInputError("odd", param="language"))
+    with pytest.raises(BadInputError) as caught:
+        await rig.ask("a")
+    assert (caught.value.message, caught.value.param) == ("odd", "language")
 
 
 async def test_a_running_task_is_not_bound_by_the_queue_timeout(make_rig: MakeRig) -> None:

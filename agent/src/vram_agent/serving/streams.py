@@ -1,0 +1,58 @@
+"""Sends bodies piece by piece, as fast as the client takes them.
+
+Why it exists: tensors and audio lie in mapped files, and a copy of them for the answer would be in
+this process's memory. Called by handlers once all that can fail has been done: an answer whose head
+is sent can become no error any more. It knows no API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from vram_agent.serving.requests import STALL_SECONDS
+
+_WRITE_BYTES = 64 * 1024  # a player that takes its audio as it sounds needs a minute for no piece
+
+
+async def send_parts(
+    request: web.Request, answer: web.StreamResponse, parts: Iterable[bytes | memoryview]
+) -> web.StreamResponse:
+    """Send the head and the parts; each waits until the client has taken most of the one before.
+
+    Raises ConnectionResetError where the client went away, or takes nothing for STALL_SECONDS.
+    """
+    await answer.prepare(request)
+    for part in parts:
+        for offset in range(0, len(part), _WRITE_BYTES):
+            await _write(request, answer, part[offset : offset + _WRITE_BYTES])
+    await answer.write_eof()
+    return answer
+
+
+async def _write(
+    request: web.Request, answer: web.StreamResponse, piece: bytes | memoryview
+) -> None:
+    try:
+        async with asyncio.timeout(STALL_SECONDS):
+            await answer.write(piece)
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("the client does not take its answer") from None
+
+
+async def send_events(request: web.Request, events: Iterable[Any]) -> web.StreamResponse:
+    """Send server-sent events with JSON data, as the OpenAI API has them: without names."""
+    answer = web.StreamResponse(
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would collect them
+    )
+    answer.content_type = "text/event-stream"
+    answer.charset = "utf-8"
+    return await send_parts(
+        request, answer, (b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events)
+    )

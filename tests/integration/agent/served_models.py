@@ -1,0 +1,41 @@
+"""Models of the Python runtime for the clients' tests; loaded by templates by ``options.path``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from vram_agent.errors import BadInputError
+
+RATE_HERTZ = 22_050
+
+
+class Echo:
+    """Gives back what it gets, of any datatype, and refuses what its parameters tell it to."""
+
+    def infer(
+        self, inputs: dict[str, np.ndarray[Any, Any]], parameters: dict[str, Any]
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        if "refuse" in parameters:
+            raise BadInputError(parameters["refuse"])
+        return inputs
+
+
+class Speaker:
+    """Speaks a tone for each character; a voice is its pitch in hertz."""
+
+    def speech(self, text: str, parameters: dict[str, Any]) -> tuple[np.ndarray[Any, Any], int]:
+        if text == "refuse":
+            raise BadInputError("that cannot be said")
+        seconds = len(text) / float(parameters.get("speed", 1.0))
+        turns = np.arange(int(seconds * RATE_HERTZ)) / RATE_HERTZ
+        hertz = float(parameters.get("voice", "440"))
+        return np.sin(2 * np.pi * hertz * turns).astype(np.float32) / 2, RATE_HERTZ
+
+
+def make_speaker() -> Speaker:
+    return Speaker()
+
+
+def make_echo() -> Echo:
+    return Echo()

@@ -10,13 +10,14 @@ Line numbers are of funasr 1.4.16, funasr/auto/auto_model.py.
 from __future__ import annotations
 
 import contextlib
-import zipfile
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import funasr
+import numpy as np
 import torch
 import yaml
 from funasr.train_utils import load_pretrained_model as checkpoints
@@ -32,7 +33,6 @@ from vram_agent.runtimes.arrays import read_audio
 from vram_agent.runtimes.base import (
     FLAG,
     NUMBER,
-    OBJECT,
     TENSORS,
     TEXT,
     Option,
@@ -42,15 +42,41 @@ from vram_agent.runtimes.base import (
     is_number,
     one_of,
 )
+from vram_agent.runtimes.checkpoints import can_map
 from vram_agent.runtimes.funasr_answers import read_transcript
 from vram_agent.runtimes.torch_tensors import find_device
 from vram_agent.runtimes.torch_weights import BROKEN_FILE
 
+# What FunASR imports sets the root logger to INFO, and its own log_level then changes nothing.
+logging.getLogger().setLevel(logging.WARNING)
+
 _PARTS = ("model", "vad_model", "punc_model", "spk_model")
-_OWN = {"device", "ngpu", "ncpu", "model", "disable_update", "disable_pbar", "hub"}
+_FRAME_SAMPLES = 400
+"""25 ms: what a frontend takes at least."""
+_SUB_MODELS = {"vadModel": "vad_model", "puncModel": "punc_model", "spkModel": "spk_model"}
+_SUB_OPTIONS = {
+    "vadOptions": "vad_kwargs",
+    "puncOptions": "punc_kwargs",
+    "spkOptions": "spk_kwargs",
+}
+_ARGUMENT_NAMES = {
+    "spkMode": "spk_mode",
+    "hub": "hub",
+    "revision": "model_revision",
+    "trustRemoteCode": "trust_remote_code",
+}
+_OWN = ("device", "disable_pbar", "disable_update", "model", "ncpu", "ngpu", "trust_remote_code")
+_WITHOUT = f"an object without {', '.join(_OWN)}"
+_PART_OPTIONS = Option(
+    lambda value: isinstance(value, dict) and not value.keys() & {*_OWN}, _WITHOUT
+)
 _ARGUMENTS = Option(
-    lambda value: isinstance(value, dict) and not value.keys() & _OWN,
-    "an object without " + ", ".join(sorted(_OWN)),
+    lambda value: (
+        isinstance(value, dict)
+        and not value.keys()
+        & {*_OWN, *_ARGUMENT_NAMES.values(), *_SUB_MODELS.values(), *_SUB_OPTIONS.values()}
+    ),
+    f"{_WITHOUT}, and without what has an option",
 )
 _OPTIONAL_TEXT = Option(lambda value: value is None or isinstance(value, str), "a text")
 _OPTIONS = {
@@ -59,15 +85,15 @@ _OPTIONS = {
         "is recognised whole",
         "none",
     ),
-    "vadOptions": OBJECT.means(
+    "vadOptions": _PART_OPTIONS.means(
         "its settings, such as `max_single_segment_time` (milliseconds)", "the model's"
     ),
     "puncModel": TEXT.means("folder or name of a model that sets punctuation", "none"),
-    "puncOptions": OBJECT.means("its settings", "the model's"),
+    "puncOptions": _PART_OPTIONS.means("its settings", "the model's"),
     "spkModel": TEXT.means(
         "folder or name of a model that tells speakers apart; needs `vadModel`", "none"
     ),
-    "spkOptions": OBJECT.means("its settings", "the model's"),
+    "spkOptions": _PART_OPTIONS.means("its settings", "the model's"),
     "spkMode": one_of("punc_segment", "vad_segment").means(
         "speakers change between sentences, which needs `puncModel`, or between stretches of "
         "speech",
@@ -139,8 +165,7 @@ class FunasrRuntime:
 
 
 def _sub_models(options: Mapping[str, Any]) -> dict[str, str]:
-    names = {"vadModel": "vad_model", "puncModel": "punc_model", "spkModel": "spk_model"}
-    return {own: options[name] for name, own in names.items() if name in options}
+    return {own: options[name] for name, own in _SUB_MODELS.items() if name in options}
 
 
 def _ensure_there(spec: ModelSpec, source: str) -> None:
@@ -154,24 +179,21 @@ def _ensure_there(spec: ModelSpec, source: str) -> None:
 
 def _arguments(spec: ModelSpec) -> dict[str, Any]:
     options = spec.options
-    names = {
-        "vadOptions": "vad_kwargs",
-        "puncOptions": "punc_kwargs",
-        "spkOptions": "spk_kwargs",
-        "spkMode": "spk_mode",
-        "hub": "hub",
-        "revision": "model_revision",
-        "trustRemoteCode": "trust_remote_code",
+    # All of these are named for each part: what is not, a model's own config.yaml decides.
+    fixed = {
+        # On the CPU, always: where CUDA is named and hidden, FunASR fixes its batches for ever.
+        "device": "cpu",
+        "ncpu": 1,
+        "trust_remote_code": options.get("trustRemoteCode", False),
     }
     return {
         "log_level": "ERROR",
         **options.get("arguments", {}),
-        **{own: options[name] for name, own in names.items() if name in options},
+        **{own: options[name] for name, own in _ARGUMENT_NAMES.items() if name in options},
         **_sub_models(options),
+        **{own: {**options.get(name, {}), **fixed} for name, own in _SUB_OPTIONS.items()},
+        **fixed,
         "model": spec.source,
-        # On the CPU, always: where CUDA is named and hidden, FunASR fixes its batches for ever.
-        "device": "cpu",
-        "ncpu": 1,
         "disable_update": True,
         "disable_pbar": True,
     }
@@ -194,16 +216,16 @@ def _hold_once() -> Iterator[None]:
 
 
 def _load_mapped(path: str, map_location: Any) -> Any:
-    # Only files of torch 1.6 and newer, which are zips, can be mapped.
-    is_zip = zipfile.is_zipfile(path)
-    return torch.load(path, map_location=map_location, mmap=is_zip, weights_only=True)
+    return torch.load(path, map_location=map_location, mmap=can_map(path), weights_only=True)
 
 
 def _roots_of(auto: Any) -> dict[str, Any]:
-    """Return what has weights: the modules, and the frontends, which sit in plain dicts."""
+    """Return the modules that the library itself would put onto a device.
+
+    Frontends are none of them: they sit in the settings, work on the recording, which is on the
+    CPU, and each call has a copy of them (lines 1351 and 1370).
+    """
     roots = {name: getattr(auto, name, None) for name in _PARTS}
-    for name, settings in _settings_of(auto).items():
-        roots[f"{name}.frontend"] = settings.get("frontend")
     return {name: root for name, root in roots.items() if isinstance(root, torch.nn.Module)}
 
 
@@ -232,7 +254,8 @@ class FunasrModel:
         if not len(audio):
             raise BadInputError("the audio is empty", param="audio")
         self._tell_device()
-        found = self._auto.generate(input=audio.copy(), **self._choices(task.parameters))
+        heard = np.pad(audio, (0, max(0, _FRAME_SAMPLES - len(audio))))
+        found = self._auto.generate(input=heard, **self._choices(task.parameters))
         values = read_transcript(
             found, len(audio), clean=rich_transcription_postprocess, parameters=task.parameters
         )
@@ -257,6 +280,9 @@ class FunasrModel:
             "use_itn": parameters.get("use_itn", options.get("useItn")),
             "batch_size_s": options.get("batchSizeSeconds"),
         }
+        if parameters.get("word_timestamps"):
+            # Where it is not asked for, SenseVoice gives none.
+            chosen["output_timestamp"] = True
         if self._auto.vad_model is not None:
             chosen["sentence_timestamp"] = True
         return {name: value for name, value in chosen.items() if value is not None}

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from vram_agent.runtimes.checkpoints import can_map
 from vram_agent.runtimes.torch_sources import UnfitModuleError, find_on_meta
 
 BROKEN_FILE = (
@@ -46,9 +47,8 @@ def read_state(path: Path, *, allow_pickle: bool) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        # Only files of torch 1.6 and newer, which are zips, can be mapped.
         found: Any = torch.load(
-            path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=not allow_pickle
+            path, map_location="cpu", mmap=can_map(path), weights_only=not allow_pickle
         )
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error):

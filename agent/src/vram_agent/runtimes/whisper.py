@@ -36,6 +36,7 @@ from vram_agent.runtimes.base import (
     check_parameters,
     is_number,
 )
+from vram_agent.runtimes.checkpoints import Undrawn, can_map, fill
 
 _LANGUAGE = Option(
     lambda value: (
@@ -146,14 +147,18 @@ class WhisperRuntime:
 def _load_model(spec: ModelSpec) -> whisper.Whisper:
     """Return the model, on the CPU always: on CUDA, checkpoint and model would both lie in VRAM.
 
-    1. A file that can be mapped is, so that its weights are in memory once, as the model's own.
-    2. All else is the library's: names, and files that are compressed or older than torch 1.6.
+    1. A checkpoint that can be mapped is, so that its weights are in memory once. 2. The library
+    reads the others: what is compressed, or of torch before 1.6.
     """
+    path, alignment_heads = _find_checkpoint(spec)
     # 1
-    if _can_map(spec.source):
-        checkpoint = torch.load(spec.source, map_location="cpu", mmap=True, weights_only=True)
-        model = whisper.Whisper(whisper.ModelDimensions(**checkpoint["dims"]))
-        model.load_state_dict(checkpoint["model_state_dict"])
+    if can_map(path):
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with Undrawn():
+            model = whisper.Whisper(whisper.ModelDimensions(**checkpoint["dims"]))
+        fill(model, checkpoint["model_state_dict"])
+        if alignment_heads is not None:
+            model.set_alignment_heads(alignment_heads)
         return model
     # 2
     return whisper.load_model(
@@ -161,11 +166,17 @@ def _load_model(spec: ModelSpec) -> whisper.Whisper:
     )
 
 
-def _can_map(source: str) -> bool:
-    if source in whisper.available_models() or not zipfile.is_zipfile(source):
-        return False
-    with zipfile.ZipFile(source) as archive:
-        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+def _find_checkpoint(spec: ModelSpec) -> tuple[str, bytes | None]:
+    """Return the file, downloaded if need be, and the heads that tell the times of words.
+
+    As in https://github.com/openai/whisper/blob/v20250625/whisper/__init__.py#L130
+    """
+    if spec.source not in whisper.available_models():
+        return spec.source, None
+    cache = os.getenv("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")  # noqa: PTH111, PTH118 - as whisper
+    root = spec.options.get("downloadRoot") or os.path.join(cache, "whisper")  # noqa: PTH118 - as whisper
+    path = whisper._download(whisper._MODELS[spec.source], root, in_memory=False)  # noqa: SLF001 - load_model would read the file it downloads
+    return path, whisper._ALIGNMENT_HEADS[spec.source]  # noqa: SLF001 - as above
 
 
 def _warm_up(model: whisper.Whisper) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from vram_agent.backend import Task, TaskKind
@@ -140,6 +144,99 @@ def test_what_the_library_would_hold_three_times_is_mapped(
 def test_a_bad_option_says_what_to_do(arena: Arena, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelFailedError, match=words):
         load(arena, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        pytest.param({"vadOptions": {"device": "cuda"}}, "an object without", id="voices on CUDA"),
+        pytest.param({"puncOptions": {"ncpu": 8}}, "an object without", id="threads of its own"),
+        pytest.param({"arguments": {"vad_kwargs": {}}}, "an object without", id="by another way"),
+    ],
+)
+def test_what_the_runtime_decides_cannot_be_set_around_it(
+    arena: Arena, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ModelFailedError, match=words):
+        load(arena, options)
+
+
+@pytest.mark.parametrize("part", ["model", "vadModel"])
+def test_a_folder_cannot_allow_its_own_code_to_run(
+    arena: Arena,
+    parts: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = tmp_path / "model"
+    shutil.copytree(models.FUNASR if part == "model" else parts["vadModel"], folder)
+    code = tmp_path / f"code_of_{part}.py"
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with (folder / "config.yaml").open("a") as config:
+        config.write(f"trust_remote_code: true\nremote_code: {code}\n")
+    source, options = (folder, {}) if part == "model" else (models.FUNASR, {part: str(folder)})
+    load(arena, options, source)
+    assert not (tmp_path / "ran").exists()
+    # It is the option that keeps the code from running: with it, it runs.
+    load(arena, {**options, "trustRemoteCode": True}, source)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("samples", [1, 160, 399, 401])
+def test_a_recording_shorter_than_a_frame_has_no_words(
+    arena: Arena, parts: dict[str, str], samples: int
+) -> None:
+    tensors = [tensor("audio", np.full(samples, 0.1, np.float32))]
+    task = Task(kind=TaskKind.TRANSCRIBE, tensors=tensors)
+    for options in ({}, {"vadModel": parts["vadModel"], "batchSizeSeconds": 0}):
+        values = load(arena, options).run(task).values
+        assert (values["text"], values["duration"]) == ("", samples / 16_000)
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_times_are_asked_of_the_model_where_the_request_asks_for_them(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch, is_wanted: bool
+) -> None:
+    model = load(arena, {})
+    stock, seen = model._auto.model.inference, []
+
+    def watched(*args: Any, **settings: Any) -> Any:
+        seen.append(settings.get("output_timestamp", False))
+        return stock(*args, **settings)
+
+    monkeypatch.setattr(model._auto.model, "inference", watched)
+    model.run(task_of("seven", word_timestamps=is_wanted)[0])
+    assert seen == [is_wanted]
+
+
+def test_a_compressed_checkpoint_loads_too(arena: Arena, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models.FUNASR, folder)
+    with (
+        zipfile.ZipFile(models.FUNASR / "model.pt") as source,
+        zipfile.ZipFile(folder / "model.pt", "w") as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name), zipfile.ZIP_DEFLATED)
+    assert load(arena, {}, folder).run(task_of("seven")[0]).values["text"] == "seven"
+
+
+def test_frontends_stay_with_the_recordings(arena: Arena, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models.FUNASR, folder)
+    # Mean and scale of each of 560 features that change nothing, in Kaldi's text form.
+    rows = {"<AddShift>": "0", "<Rescale>": "1"}
+    lines = [
+        f"{name} 560 560\n<LearnRateCoef> 0 [ {' '.join([value] * 560)} ]\n"
+        for name, value in rows.items()
+    ]
+    (folder / "am.mvn").write_text("<Nnet>\n" + "".join(lines) + "</Nnet>\n")
+    plain, normalised = load(arena, {}), load(arena, {}, folder)
+    assert normalised.run(task_of("seven")[0]).values["text"] == "seven"
+    assert normalised._auto.kwargs["frontend"].cmvn.shape == (2, 560)
+    assert normalised.weights.weight_bytes == plain.weights.weight_bytes
 
 
 def test_a_config_that_is_none_is_the_models_fault(arena: Arena, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ Daylight saving, as in Debian's cron:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
@@ -26,6 +27,8 @@ from vram_operator.api import RestartPolicy, Window
 
 SHORTEST_DEADLINE_SECONDS = 10
 """A starting deadline below this counts as this: nobody looks at the very moment of a run."""
+
+_MINUTE, _DAY = timedelta(minutes=1), timedelta(days=1)
 
 _ALIASES = {
     "@yearly": "0 0 1 1 *",
@@ -163,12 +166,59 @@ def spread(key: str, most_seconds: float) -> timedelta:
 
 
 def _runs(schedule: Schedule, after: datetime) -> Iterator[datetime]:
-    """Yield the runs later than ``after``, rising, each once."""
+    """Yield the runs later than ``after``, rising, each once.
+
+    CronSim walks the wall clock alone: its own steps over a change of the clock assume whole hours
+    and lose runs where a zone changes by half of one.
+    """
+    walls = CronSim(schedule.expression, _first_wall(schedule.zone, after))
+    moments = _fixed_runs if _is_fixed(schedule.expression) else _passing_runs
     latest = after
-    # CronSim walks in local time without a fold, so in an hour that is passed twice it starts too
-    # early; what is not later than the last one has been.
-    for run in CronSim(schedule.expression, after.astimezone(schedule.zone)):
-        moment = run.astimezone(UTC)
+    for moment in moments(schedule.zone, walls):
         if moment > latest:
             latest = moment
             yield moment
+
+
+def _is_fixed(expression: str) -> bool:
+    """Does the schedule name its times, rather than a rhythm in which real time passes?"""
+    minute, hour, *_ = expression.split()
+    return not minute.startswith("*") and not hour.startswith("*")
+
+
+def _first_wall(zone: ZoneInfo, after: datetime) -> datetime:
+    """Return what the clock shows at ``after``, or the earliest that it will show again."""
+    now, tomorrow = (_wall(zone, moment) for moment in (after, after + _DAY))
+    return min(now, tomorrow - _DAY)
+
+
+def _fixed_runs(zone: ZoneInfo, walls: Iterable[datetime]) -> Iterator[datetime]:
+    """Yield when the clock shows each of ``walls`` first; right after the jump if it never does."""
+    for wall in walls:
+        shown = wall
+        while not (moments := _moments(zone, shown)):
+            shown += _MINUTE
+        yield moments[0]
+
+
+def _passing_runs(zone: ZoneInfo, walls: Iterable[datetime]) -> Iterator[datetime]:
+    """Yield each time that the clock shows one of ``walls``: twice for what it passes twice."""
+    again: deque[datetime] = deque()
+    for wall in walls:
+        moments = _moments(zone, wall)
+        while again and moments and again[0] < moments[0]:
+            yield again.popleft()
+        yield from moments[:1]
+        again.extend(moments[1:])
+    yield from again
+
+
+def _moments(zone: ZoneInfo, wall: datetime) -> list[datetime]:
+    """Return when the clock shows ``wall``: once, twice, or never where it jumps over it."""
+    readings = (wall.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
+    return sorted({moment for moment in readings if _wall(zone, moment) == wall})
+
+
+def _wall(zone: ZoneInfo, moment: datetime) -> datetime:
+    """Return what a clock of the zone shows at the moment, without a zone."""
+    return moment.astimezone(zone).replace(tzinfo=None, fold=0)

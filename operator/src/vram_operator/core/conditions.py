@@ -43,6 +43,35 @@ _EVENTS = {
 """Reasons whose appearance is told in an Event."""
 
 
+_RESIDUALS = (
+    (
+        frozenset({EvidenceReason.SUFFICIENT}),
+        _TRUE,
+        Reason.ABOVE_THRESHOLD,
+        "more than {} without a model",
+    ),
+    (
+        COLLECTING,
+        _FALSE,
+        Reason.COLLECTING_EVIDENCE,
+        "above {}, not for long enough and quiet yet",
+    ),
+    (
+        frozenset({EvidenceReason.PREDICTED}),
+        _FALSE,
+        Reason.PREDICTED_ABOVE_THRESHOLD,
+        "predicted to be above {} before the next window opens",
+    ),
+    (
+        frozenset({EvidenceReason.THRESHOLD_TOO_LOW}),
+        _FALSE,
+        Reason.THRESHOLD_TOO_LOW,
+        "context and libraries alone hold more than {}",
+    ),
+)
+"""What evidence of a pod means for ResidualHigh: the first that some pod has; {} is the limit."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """What the visit's restarts came to, as far as conditions speak of it."""
@@ -193,8 +222,9 @@ def _names_in(states: Mapping[str, AgentState], wanted: AgentState) -> list[str]
 def _residual_high(visit: Visit) -> Finding:
     """Does a pod hold more than the threshold without a model?
 
-    1. There is no threshold. 2. One does, proven. 3. One does, not proven yet. 4. The threshold
-    is below what a context alone holds. 5. Nothing can be said of any. 6. None does.
+    1. There is no threshold. 2. One does, proven. 3. One does, not proven yet. 4. One will, while
+    no window is open. 5. The threshold is below what a context alone holds. 6. Nothing can be said
+    of any. 7. None does.
     """
     type_ = WorkloadCondition.RESIDUAL_HIGH
     threshold = visit.threshold_bytes
@@ -204,27 +234,17 @@ def _residual_high(visit: Visit) -> Finding:
     found = {
         pod.name: evidence for pod in visit.pods if (evidence := visit.evidence_of(pod)) is not None
     }
-    high = _names_with(found, {EvidenceReason.SUFFICIENT})
-    if high:  # 2
-        message = f"{name_some(high)}: more than {limit} without a model"
-        return Finding(type_, _TRUE, Reason.ABOVE_THRESHOLD, message)
-    collecting = _names_with(found, COLLECTING)
-    if collecting:  # 3
-        message = f"{name_some(collecting)}: above {limit}, not for long enough and quiet yet"
-        return Finding(type_, _FALSE, Reason.COLLECTING_EVIDENCE, message)
-    low = _names_with(found, {EvidenceReason.THRESHOLD_TOO_LOW})
-    if low:  # 4
-        message = f"{name_some(low)}: context and libraries alone hold more than {limit}"
-        return Finding(type_, _FALSE, Reason.THRESHOLD_TOO_LOW, message)
+    for reasons, status, reason, what in _RESIDUALS:  # 2 to 5
+        names = _names_with(found, reasons)
+        if names:
+            return Finding(type_, status, reason, f"{name_some(names)}: {what.format(limit)}")
     blind = _names_with(found, BLIND)
-    if len(blind) == len(found):  # 5
+    if len(blind) == len(found):  # 6
         return Finding(type_, _UNKNOWN, Reason.NO_EVIDENCE, "no fresh report of a known source")
-    return Finding(type_, _FALSE, Reason.BELOW_THRESHOLD)  # 6
+    return Finding(type_, _FALSE, Reason.BELOW_THRESHOLD)  # 7
 
 
-def _names_with(
-    found: dict[str, Evidence], reasons: frozenset[EvidenceReason] | set[EvidenceReason]
-) -> list[str]:
+def _names_with(found: dict[str, Evidence], reasons: frozenset[EvidenceReason]) -> list[str]:
     return sorted(name for name, evidence in found.items() if evidence.reason in reasons)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from vram_agent.protocol import format_quantity
 
@@ -40,3 +40,19 @@ def whole_mebibytes(number_of_bytes: int) -> str:
 def whole_seconds(moment: datetime) -> datetime:
     """Return the moment as the API stores it: in whole seconds."""
     return moment.replace(microsecond=0)
+
+
+def show_span(span: timedelta) -> str:
+    """Return a span of time for a sentence, in its two largest units: ``3 h 10 min``, ``45 s``."""
+    seconds = round(span.total_seconds())
+    parts = [
+        f"{amount} {unit}"
+        for unit, amount in (
+            ("d", seconds // 86_400),
+            ("h", seconds // 3600 % 24),
+            ("min", seconds // 60 % 60),
+            ("s", seconds % 60),
+        )
+        if amount
+    ]
+    return " ".join(parts[:2]) or "0 s"

@@ -173,10 +173,10 @@ def _hold(visit: Visit, candidate: Candidate, wait: Wait) -> Turn:
     news = before is None or before.reason != wait.reason
     pending = wait.reason is Reason.PENDING
     status = ConditionStatus.UNKNOWN if pending else ConditionStatus.FALSE
-    finding = Finding(RestartCondition.ADMITTED, status, wait.reason, wait.message)
+    finding = Finding(RestartCondition.ADMITTED, status, wait.reason, wait.message, wait.figures)
     event = EmitEvent(
         reason=EventReason.RESTART_BLOCKED,
-        message=f"{restart.name}: {wait.reason}: {wait.message}",
+        message=f"{restart.name}: {wait.reason}: {finding.text}",
         pod=pod.name,
     )
     deadline = starting_time_limit(visit, restart) if candidate.is_first else None

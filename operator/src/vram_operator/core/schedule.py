@@ -28,7 +28,9 @@ from vram_operator.api import RestartPolicy, Window
 SHORTEST_DEADLINE_SECONDS = 10
 """A starting deadline below this counts as this: nobody looks at the very moment of a run."""
 
-_MINUTE, _DAY = timedelta(minutes=1), timedelta(days=1)
+_TICK, _MINUTE, _DAY = timedelta(seconds=1), timedelta(minutes=1), timedelta(days=1)
+_MOST_IN_A_ROW = 100
+"""So many windows in a row without a gap are open always, as far as anybody needs to know."""
 
 _ALIASES = {
     "@yearly": "0 0 1 1 *",
@@ -139,11 +141,60 @@ def last_run(schedule: Schedule, since: datetime, until: datetime) -> datetime |
         look_back *= 8
 
 
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A time in which it is open without a gap; ``closes_at`` is None when it stays so.
+
+    ``next_at`` is when it opens after that, None when it never does.
+    """
+
+    opened_at: datetime
+    closes_at: datetime | None
+    next_at: datetime | None
+
+
 def is_open(windows: tuple[OpenWindow, ...], now: datetime) -> bool:
     """Is a window open? Without windows it always is. A window is open from its run on."""
     return not windows or any(
         last_run(window.schedule, now - window.duration, now) is not None for window in windows
     )
+
+
+def find_opening(windows: tuple[OpenWindow, ...], now: datetime) -> Opening | None:
+    """Return for how long it is open at ``now``; None when it is closed or there are no windows.
+
+    Windows that overlap or follow each other without a gap are one.
+    """
+    if not windows or not is_open(windows, now):
+        return None
+    opened_at = closes_at = now
+    for _ in range(_MOST_IN_A_ROW):
+        earlier = min(_openings(windows, opened_at), default=opened_at)
+        if earlier >= opened_at:
+            break
+        opened_at = earlier
+    for _ in range(_MOST_IN_A_ROW):
+        later = max(_closings(windows, closes_at), default=closes_at)
+        if later <= closes_at:
+            return Opening(opened_at, closes_at, next_opening(windows, closes_at))
+        closes_at = later
+    return Opening(opened_at, closes_at=None, next_at=None)
+
+
+def _openings(windows: tuple[OpenWindow, ...], moment: datetime) -> Iterator[datetime]:
+    """Yield the first run of each window that is open at the moment, or closes at it."""
+    for window in windows:
+        first = next_run(window.schedule, moment - window.duration - _TICK)
+        if first is not None and first <= moment:
+            yield first
+
+
+def _closings(windows: tuple[OpenWindow, ...], moment: datetime) -> Iterator[datetime]:
+    """Yield when each window that is open at the moment will close."""
+    for window in windows:
+        last = last_run(window.schedule, moment - window.duration, moment)
+        if last is not None:
+            yield last + window.duration
 
 
 def next_opening(windows: tuple[OpenWindow, ...], now: datetime) -> datetime | None:

@@ -34,12 +34,19 @@ from vram_operator.api import (
     encode,
 )
 from vram_operator.core.admission import find_leave
-from vram_operator.core.evidence import COLLECTING
+from vram_operator.core.evidence import COLLECTING, EvidenceReason
 from vram_operator.core.figures import show_time
 from vram_operator.core.phases import concerns, is_finished
 from vram_operator.core.plan import Action, AnnotateWorkload, Blocked, CreateRestart
 from vram_operator.core.resources import owner_reference
-from vram_operator.core.schedule import last_run, next_run, spread, starting_deadline
+from vram_operator.core.schedule import (
+    is_open,
+    last_run,
+    next_opening,
+    next_run,
+    spread,
+    starting_deadline,
+)
 from vram_operator.core.snapshot import Pod, Restart
 from vram_operator.core.turn import earliest
 from vram_operator.core.visit import Visit
@@ -49,6 +56,8 @@ HANDLED_ANNOTATION = "vram.dev/restart-handled"
 GENERATION_ANNOTATION = "vram.dev/workload-generation"
 """On a GPUPodRestart: the workload's generation when it was decided."""
 
+FORESEEN_EVERY = timedelta(minutes=10)
+"""In an open window a residual is asked so often where it leads, whatever news comes of it."""
 _COUNTED = frozenset({RestartOutcome.NOT_RECOVERED, RestartOutcome.FAILED})
 
 
@@ -260,6 +269,8 @@ def _decide_residual(visit: Visit, free: tuple[Pod, ...], draft: _Draft) -> None
             continue
         if evidence.reason in COLLECTING:
             draft.requeue.append(evidence.requeue_at)
+        if evidence.reason is EvidenceReason.BELOW_THRESHOLD:
+            draft.requeue.append(_next_foresight(visit))
         if not evidence.is_sufficient:
             continue
         wait = find_leave(visit, pod, RestartTrigger.RESIDUAL)
@@ -274,6 +285,18 @@ def _decide_residual(visit: Visit, free: tuple[Pod, ...], draft: _Draft) -> None
         else:
             at = _last_word_of(visit, pod)
             draft.decided[pod.uid] = Decision(pod, RestartTrigger.RESIDUAL, at, evidence.message)
+
+
+def _next_foresight(visit: Visit) -> datetime | None:
+    """Return when to ask again whether a pod has to be restarted before its window closes."""
+    windows = visit.timetable.windows
+    if not windows:
+        return None
+    return (
+        visit.now + FORESEEN_EVERY
+        if is_open(windows, visit.now)
+        else next_opening(windows, visit.now)
+    )
 
 
 def _last_word_of(visit: Visit, pod: Pod) -> str:

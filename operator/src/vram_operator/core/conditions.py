@@ -21,17 +21,15 @@ from vram_operator.api import (
 )
 from vram_operator.core.condition_list import Finding, find_condition, is_true
 from vram_operator.core.evidence import BLIND, COLLECTING, Evidence, EvidenceReason
-from vram_operator.core.figures import MIB, show_bytes
+from vram_operator.core.figures import MIB, NAMED, name_some, show_bytes
 from vram_operator.core.phases import is_active, open_attempt
 from vram_operator.core.plan import Blocked, EmitEvent, EventType
 from vram_operator.core.reporting import AgentState, agent_state, is_heard, should_report
 from vram_operator.core.snapshot import Agent, Pod, Restart
+from vram_operator.core.standing import find_standing
 from vram_operator.core.visit import Visit
 
 _TRUE, _FALSE, _UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
-_NAMED = 3
-"""A message names so many pods or restarts, and counts the others."""
-
 _EVENTS = {
     Reason.INVALID_SCHEDULE: EventReason.INVALID_SCHEDULE,
     Reason.CONFLICTED: EventReason.CONFLICTED,
@@ -79,6 +77,7 @@ class Progress:
     restarts: tuple[Restart, ...]
     blocked: tuple[Blocked, ...]
     failures: int
+    next_restart_time: datetime | None = None
 
 
 def find_conditions(visit: Visit, progress: Progress) -> tuple[Finding, ...]:
@@ -89,7 +88,7 @@ def find_conditions(visit: Visit, progress: Progress) -> tuple[Finding, ...]:
         _agents_reporting(visit),
         _residual_high(visit),
         _vram_high(visit),
-        _restarting(progress),
+        _restarting(visit, progress),
         _restart_blocked(progress),
         _degraded(visit, progress),
     )
@@ -104,13 +103,6 @@ def events_of(before: Sequence[Condition], findings: Sequence[Finding]) -> tuple
         if reason is not None and (old is None or old.reason != finding.reason):
             events.append(EmitEvent(reason=reason, message=finding.message, type=EventType.WARNING))
     return tuple(events)
-
-
-def name_some(names: Sequence[str]) -> str:
-    """Return names for a sentence: the first three, and how many more."""
-    some = sorted(names)
-    more = f" and {len(some) - _NAMED} more" if len(some) > _NAMED else ""
-    return ", ".join(some[:_NAMED]) + more
 
 
 def _accepted(visit: Visit) -> Finding:
@@ -138,7 +130,7 @@ def _ready(visit: Visit) -> Finding:
         if model.state is ModelState.FAILED
     )
     if failed:  # 3
-        return Finding(type_, _FALSE, Reason.MODEL_FAILED, "; ".join(failed[:_NAMED]))
+        return Finding(type_, _FALSE, Reason.MODEL_FAILED, "; ".join(failed[:NAMED]))
     ready = sum(pod.ready for pod in visit.pods)
     template = visit.snapshot.workload.spec.template
     wanted = target.replicas if target is not None else template.replicas if template else 0
@@ -272,7 +264,8 @@ def _vram_high(visit: Visit) -> Finding:
     return Finding(type_, _FALSE, Reason.BELOW_WARNING)
 
 
-def _restarting(progress: Progress) -> Finding:
+def _restarting(visit: Visit, progress: Progress) -> Finding:
+    """Is a restart being carried out? If not, the message says why: here is what people ask for."""
     type_ = WorkloadCondition.RESTARTING
     running = [
         f"{one.name} ({open_attempt(one.status).method} of {one.spec.pod.name})"
@@ -281,7 +274,8 @@ def _restarting(progress: Progress) -> Finding:
     ]
     if running:
         return Finding(type_, _TRUE, Reason.RESTARTING, name_some(running))
-    return Finding(type_, _FALSE, Reason.NOT_RESTARTING)
+    standing = find_standing(visit, progress.blocked, progress.next_restart_time)
+    return Finding(type_, _FALSE, Reason.NOT_RESTARTING, standing.message, standing.figures)
 
 
 def _restart_blocked(progress: Progress) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from vram_agent.protocol import format_quantity
@@ -10,6 +11,8 @@ GIB = 1024**3
 MIB = 1024**2
 QUANTUM_BYTES = 256 * MIB
 """Sums in a status are rounded to this."""
+NAMED = 3
+"""A message names so many pods or restarts, and counts the others."""
 
 
 def show_bytes(number_of_bytes: int) -> str:
@@ -56,3 +59,10 @@ def show_span(span: timedelta) -> str:
         if amount
     ]
     return " ".join(parts[:2]) or "0 s"
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Return names for a sentence: the first three, and how many more."""
+    some = sorted(names)
+    more = f" and {len(some) - NAMED} more" if len(some) > NAMED else ""
+    return ", ".join(some[:NAMED]) + more

@@ -46,6 +46,7 @@ def plan(snapshot: Snapshot, now: datetime) -> Plan:
         restarts=turns.restarts,
         blocked=(*turns.blocked, *decisions.blocked),
         failures=count_failures(visit),
+        next_restart_time=decisions.next_restart_time,
     )
     findings = find_conditions(visit, progress)
     old = snapshot.workload.status

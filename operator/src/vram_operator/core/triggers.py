@@ -275,7 +275,7 @@ def _decide_residual(visit: Visit, free: tuple[Pod, ...], draft: _Draft) -> None
             continue
         wait = find_leave(visit, pod, RestartTrigger.RESIDUAL)
         if wait is None and degraded:
-            reason, message = Reason.RESTARTS_DO_NOT_HELP, "see the condition Degraded"
+            reason, message = Reason.RESTARTS_DO_NOT_HELP, _say_degraded(visit)
             draft.blocked.append(Blocked(pod=pod.name, restart="", reason=reason, message=message))
         elif wait is not None:
             draft.requeue.append(wait.requeue_at)
@@ -285,6 +285,10 @@ def _decide_residual(visit: Visit, free: tuple[Pod, ...], draft: _Draft) -> None
         else:
             at = _last_word_of(visit, pod)
             draft.decided[pod.uid] = Decision(pod, RestartTrigger.RESIDUAL, at, evidence.message)
+
+
+def _say_degraded(visit: Visit) -> str:
+    return f"{visit.policy.max_consecutive_failures} restarts in a row did not help"
 
 
 def _next_foresight(visit: Visit) -> datetime | None:

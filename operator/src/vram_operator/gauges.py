@@ -56,7 +56,8 @@ class Gauges:
                 ),
                 namespace=namespace,
                 name=name,
-                ready=_ready(raw),
+                ready=_status(raw, WorkloadCondition.READY),
+                degraded=_status(raw, WorkloadCondition.DEGRADED) == ConditionStatus.TRUE,
                 used_bytes=sum(report.memory.used_bytes for report in reports),
                 residual_bytes=sum(report.memory.residual_bytes for report in reports),
                 agent_states=tuple(
@@ -81,7 +82,7 @@ def _trend(agents: list[Agent], threshold: int | None) -> TrendGauge:
     )
 
 
-def _ready(raw: Object) -> str:
+def _status(raw: Object, type_: WorkloadCondition) -> str:
     conditions = (raw.get("status") or {}).get("conditions") or []
-    found = (one["status"] for one in conditions if one["type"] == WorkloadCondition.READY)
+    found = (one["status"] for one in conditions if one["type"] == type_)
     return str(next(found, ConditionStatus.UNKNOWN))

@@ -54,6 +54,7 @@ class WorkloadGauge:
     namespace: str
     name: str
     ready: str
+    degraded: bool
     used_bytes: int
     residual_bytes: int
     agent_states: tuple[str, ...]
@@ -81,11 +82,12 @@ class _StateCollector(Collector):
             "Device memory of the workload's pods that no resident model accounts for.",
             labels=["namespace", "workload"],
         )
-        trends = _Trends()
+        trends, degraded = _Trends(), 0
         ready: Tally[str] = Tally({"True": 0, "False": 0, "Unknown": 0})
         states: Tally[str] = Tally(dict.fromkeys(map(str, AgentState), 0))
         for workload in self.workloads():
             ready[workload.ready] += 1
+            degraded += workload.degraded
             states.update(workload.agent_states)
             trends.add(workload)
             used.add_metric([workload.namespace, workload.name], workload.used_bytes)
@@ -94,6 +96,11 @@ class _StateCollector(Collector):
         yield residual
         yield from trends.families
         yield _tally("workloads", "Workloads by their condition Ready.", "ready", ready)
+        yield GaugeMetricFamily(
+            f"{PREFIX}workloads_degraded",
+            "Workloads that get no residual restart, since so many in a row did not help.",
+            value=degraded,
+        )
         yield _tally("agents", "Agents by how they answer.", "state", states)
         yield _tally(
             "restarts_blocked",

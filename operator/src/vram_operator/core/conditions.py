@@ -37,6 +37,7 @@ _EVENTS = {
     Reason.AGENT_SILENT: EventReason.AGENT_SILENT,
     Reason.ABOVE_THRESHOLD: EventReason.RESIDUAL_HIGH,
     Reason.ABOVE_WARNING: EventReason.VRAM_HIGH,
+    Reason.RESTARTS_DO_NOT_HELP: EventReason.RESTART_BLOCKED,
 }
 """Reasons whose appearance is told in an Event."""
 
@@ -95,14 +96,42 @@ def find_conditions(visit: Visit, progress: Progress) -> tuple[Finding, ...]:
 
 
 def events_of(before: Sequence[Condition], findings: Sequence[Finding]) -> tuple[EmitEvent, ...]:
-    """Return the Events of what has changed: reasons that were not there before."""
+    """Return the Events of what has changed: reasons that were not there before.
+
+    What blocks a restart is told by the restart itself, or by ``tell_blocked``.
+    """
     events = []
     for finding in findings:
+        if finding.type == WorkloadCondition.RESTART_BLOCKED:
+            continue
         old = find_condition(before, finding.type)
         reason = _EVENTS.get(finding.reason)
         if reason is not None and (old is None or old.reason != finding.reason):
             events.append(EmitEvent(reason=reason, message=finding.message, type=EventType.WARNING))
     return tuple(events)
+
+
+def tell_blocked(before: Sequence[Condition], progress: Progress) -> tuple[EmitEvent, ...]:
+    """Return the Event of what keeps a restart from being decided, when that has changed.
+
+    A restart that is decided tells its own; that restarts do not help is told with Degraded.
+    """
+    first = _first_waiting(progress)
+    if first is None or first.restart or first.reason is Reason.RESTARTS_DO_NOT_HELP:
+        return ()
+    old = find_condition(before, WorkloadCondition.RESTART_BLOCKED)
+    if old is not None and old.reason == first.reason:
+        return ()
+    message = f"{first.pod}: {first.reason}: {first.message}"
+    return (EmitEvent(reason=EventReason.RESTART_BLOCKED, message=message, pod=first.pod),)
+
+
+def _first_waiting(progress: Progress) -> Blocked | None:
+    return min(_waiting(progress), key=lambda one: (one.restart, one.pod), default=None)
+
+
+def _waiting(progress: Progress) -> list[Blocked]:
+    return [one for one in progress.blocked if one.reason is not Reason.PENDING]
 
 
 def _accepted(visit: Visit) -> Finding:
@@ -280,14 +309,11 @@ def _restarting(visit: Visit, progress: Progress) -> Finding:
 
 def _restart_blocked(progress: Progress) -> Finding:
     type_ = WorkloadCondition.RESTART_BLOCKED
-    waiting = sorted(
-        (one for one in progress.blocked if one.reason is not Reason.PENDING),
-        key=lambda one: (one.restart, one.pod),
-    )
-    if not waiting:
+    first = _first_waiting(progress)
+    if first is None:
         return Finding(type_, _FALSE, Reason.NOT_BLOCKED)
-    first = waiting[0]
-    more = f" (and {len(waiting) - 1} more)" if len(waiting) > 1 else ""
+    others = len(_waiting(progress)) - 1
+    more = f" (and {others} more)" if others else ""
     return Finding(
         type_, _TRUE, first.reason, f"{first.restart or first.pod}: {first.message}{more}"
     )

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from vram_operator.api import RestartCondition, RestartTrigger, WorkloadCondition
 from vram_operator.core.admission import concurrency_cap, find_leave, unavailable_limit
 from vram_operator.core.condition_list import find_condition, is_true
-from vram_operator.core.figures import show_bytes, show_span, show_time
+from vram_operator.core.figures import say_jitter, show_bytes, show_span, show_time
 from vram_operator.core.forecast import foresee
 from vram_operator.core.phases import is_finished, phase_of
 from vram_operator.core.plan import (
@@ -38,10 +38,9 @@ from vram_operator.core.schedule import (
     SHORTEST_DEADLINE_SECONDS,
     find_opening,
     next_opening,
-    spread,
 )
 from vram_operator.core.snapshot import Agent, Pod, Snapshot
-from vram_operator.core.standing import find_standing
+from vram_operator.core.standing import find_standing, say_dry_run
 from vram_operator.core.trend import FURTHEST
 from vram_operator.core.triggers import failure_streak
 from vram_operator.core.visit import Visit, begin_visit
@@ -148,16 +147,14 @@ def _say_schedule(visit: Visit, planned: Plan) -> Iterator[str]:
     if runs is None:
         yield "none"
         return
-    settings = visit.snapshot.settings
-    late = spread(visit.snapshot.workload.uid, settings.schedule_jitter_seconds)
     allowed = timedelta(
         seconds=max(visit.policy.starting_deadline_seconds, SHORTEST_DEADLINE_SECONDS)
     )
     yield f"{runs.expression} in {runs.zone.key}" + (", suspended" if visit.policy.suspend else "")
     if planned.status.next_restart_time is not None:
         yield (
-            f"next at {show_time(planned.status.next_restart_time)}, {show_span(late)} later by "
-            f"jitter; may begin for {show_span(allowed)} after that"
+            f"next at {show_time(planned.status.next_restart_time)}{say_jitter(visit.jitter)}; "
+            f"may begin for {show_span(allowed)} after that"
         )
     if planned.missed_run is not None:
         yield f"missed: {show_time(planned.missed_run)}"
@@ -196,7 +193,7 @@ def _say_limits(visit: Visit) -> Iterator[str]:
     )
     yield f"maxConsecutiveFailures {policy.max_consecutive_failures}: {failures} in a row"
     if visit.dry_run:
-        yield "dry run: nothing is carried out"
+        yield f"{say_dry_run(visit)}: nothing is carried out"
 
 
 def _say_restarts(visit: Visit) -> Iterator[str]:

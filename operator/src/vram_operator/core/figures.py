@@ -61,6 +61,11 @@ def show_span(span: timedelta) -> str:
     return " ".join(parts[:2]) or "0 s"
 
 
+def say_jitter(late: timedelta) -> str:
+    """Return what follows a time of the schedule whose start is spread; empty for none."""
+    return f", {show_span(late)} later by --schedule-jitter" if late else ""
+
+
 def name_some(names: Sequence[str]) -> str:
     """Return names for a sentence: the first three, and how many more."""
     some = sorted(names)

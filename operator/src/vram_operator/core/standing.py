@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 
 from vram_operator.api import Reason
 from vram_operator.core.evidence import BLIND, COLLECTING, Evidence, EvidenceReason
-from vram_operator.core.figures import name_some, show_span, show_time
+from vram_operator.core.figures import name_some, say_jitter, show_span, show_time
 from vram_operator.core.plan import Blocked
 from vram_operator.core.queue_phase import LOOKS_AGAIN
 from vram_operator.core.visit import Visit
@@ -103,7 +103,12 @@ def _say_schedule(visit: Visit, next_restart_time: datetime | None) -> str:
     if visit.policy.suspend:
         said = "restart.suspend is true, so only a person restarts"
     elif next_restart_time is not None:
-        said = f"the schedule restarts at {show_time(next_restart_time)}"
+        said = f"the schedule restarts at {show_time(next_restart_time)}{say_jitter(visit.jitter)}"
     else:
         said = "there is no schedule"
-    return f"{said}; dry run" if visit.dry_run else said
+    return f"{said}; {say_dry_run(visit)}" if visit.dry_run else said
+
+
+def say_dry_run(visit: Visit) -> str:
+    """Say who wants the dry run, for a visit that has one."""
+    return f"dry run by {'restart.dryRun' if visit.policy.dry_run else '--dry-run'}"

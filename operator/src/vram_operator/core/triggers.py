@@ -35,7 +35,7 @@ from vram_operator.api import (
 )
 from vram_operator.core.admission import find_leave
 from vram_operator.core.evidence import COLLECTING, EvidenceReason
-from vram_operator.core.figures import show_time
+from vram_operator.core.figures import say_jitter, show_time
 from vram_operator.core.phases import concerns, is_finished
 from vram_operator.core.plan import Action, AnnotateWorkload, Blocked, CreateRestart
 from vram_operator.core.resources import owner_reference
@@ -44,7 +44,6 @@ from vram_operator.core.schedule import (
     last_run,
     next_opening,
     next_run,
-    spread,
     starting_deadline,
 )
 from vram_operator.core.snapshot import Pod, Restart
@@ -223,7 +222,7 @@ def _decide_scheduled(
     if announced is None or last_run(schedule, announced - _TICK, announced) is None:  # 2
         draft.requeue.append(following)
         return following, None
-    jitter = spread(visit.snapshot.workload.uid, visit.snapshot.settings.schedule_jitter_seconds)
+    jitter = visit.jitter
     due = last_run(schedule, announced - _TICK, visit.now - jitter)
     if due is None:  # 3
         # A schedule that was made denser has a run before the announced one.
@@ -240,7 +239,7 @@ def _decide_scheduled(
         if pod not in free:
             waiting = True
             continue
-        reason = f"schedule {schedule.expression} in {schedule.zone.key}"
+        reason = f"schedule {schedule.expression} in {schedule.zone.key}" + say_jitter(jitter)
         at = show_time(due)
         draft.decided[pod.uid] = Decision(pod, RestartTrigger.SCHEDULED, at, reason, due)
     if waiting:  # 6

@@ -24,7 +24,13 @@ from vram_operator.core.forecast import Outlook, weigh_forecast
 from vram_operator.core.phases import concerns
 from vram_operator.core.podspec import InvalidTemplateError
 from vram_operator.core.resources import make_deployment
-from vram_operator.core.schedule import InvalidScheduleError, Timetable, next_run, parse_timetable
+from vram_operator.core.schedule import (
+    InvalidScheduleError,
+    Timetable,
+    next_run,
+    parse_timetable,
+    spread,
+)
 from vram_operator.core.snapshot import Agent, Pod, Restart, Snapshot
 
 
@@ -105,6 +111,12 @@ class Visit:
             now=self.now,
         )
         return weigh_forecast(evidence, agent, outlook)
+
+    @property
+    def jitter(self) -> timedelta:
+        """By how much later than its schedule the workload's runs start."""
+        settings = self.snapshot.settings
+        return spread(self.snapshot.workload.uid, settings.schedule_jitter_seconds)
 
     @property
     def next_run(self) -> datetime | None:

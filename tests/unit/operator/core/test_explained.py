@@ -171,12 +171,12 @@ FAILED = [
                 workload=workload_with(dry_run=True), pods=(POD,), agents=(make_agent(POD, 5.0),)
             ),
             "speech-a: BelowThreshold, looked at again with its next report; there is no schedule; "
-            "dry run: residual 5Gi at 2026-11-23T12:00:00Z is not above 8Gi",
+            "dry run by restart.dryRun: residual 5Gi at 2026-11-23T12:00:00Z is not above 8Gi",
             id="a dry run",
         ),
         pytest.param(
             make_snapshot(settings=make_settings(dry_run=True), pods=()),
-            "the workload has no pods; there is no schedule; dry run",
+            "the workload has no pods; there is no schedule; dry run by --dry-run",
             id="no pods, and the operator's own dry run",
         ),
         pytest.param(

@@ -75,7 +75,7 @@ def test_a_workload_in_full() -> None:
         "    scheduled may begin",
         "schedule",
         "  0 3 * * * in Asia/Shanghai",
-        "  next at 2026-11-23T19:00:00Z, 0 s later by jitter; may begin for 1 h after that",
+        "  next at 2026-11-23T19:00:00Z; may begin for 1 h after that",
         "windows",
         "  0 10 * * * in Etc/UTC for 4 h",
         (
@@ -176,7 +176,7 @@ def section(text: str, title: str) -> list[str]:
         pytest.param(
             {"settings": make_settings(dry_run=True)},
             "limits",
-            "dry run: nothing is carried out",
+            "dry run by --dry-run: nothing is carried out",
             id="a dry run",
         ),
         pytest.param({"pods": ()}, "pods", "none", id="no pods"),

@@ -91,6 +91,19 @@ def growing(facts: Facts, name: str, gib_an_hour: float) -> None:
         facts.record_report(f"uid-{name}", report, ago(300 * number), 600)
 
 
+def test_a_degraded_workload_is_counted(cache: Cache) -> None:
+    degraded = {"type": "Degraded", "status": "True"}
+    workload = {"name": "other", "namespace": "lab", "uid": "o", "resourceVersion": "1"}
+    status = {"conditions": [degraded, {"type": "Ready", "status": "False"}]}
+    cache.observe(WORKLOADS, {"metadata": workload, "spec": {}, "status": status})
+    metrics, gauges = Metrics(), Gauges(cache, Facts(), StoppedClock(), 10.0)
+    gauges.is_active = lambda: True
+    metrics.state.workloads = gauges.workloads
+    lines = metrics.exposition().decode().splitlines()
+    assert "vram_operator_workloads_degraded 1.0" in lines
+    assert 'vram_operator_workloads{ready="False"} 1.0' in lines
+
+
 def exposed(cache: Cache, facts: Facts) -> dict[str, float]:
     """What a scrape shows of where residuals lead, by the rest of the metric's name."""
     metrics = Metrics()

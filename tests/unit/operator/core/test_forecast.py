@@ -37,6 +37,7 @@ from tests.support.factories import (
     make_template_spec,
     make_workload,
 )
+from tests.unit.operator.core.world import World
 
 A, B = make_pod("speech-a"), make_pod("speech-b")
 # Open from 10:00 to 14:00 UTC, and it is 12:00.
@@ -370,3 +371,27 @@ def test_an_opening_is_what_a_walk_finds_open_around_a_moment(
     while not is_open(rows, again):
         again += step
     assert opening.next_at == again
+
+
+# --- three days of a slow leak --------------------------------------------------------------------
+
+
+def test_a_slow_leak_never_passes_its_threshold_although_it_may_restart_once_a_day_only() -> None:
+    window = Window(schedule="0 14 * * *", duration_seconds=3600)
+    spec = make_template_spec(restart=make_policy(windows=[window]))
+    world = World(1, make_workload(spec=spec))
+    (fake,) = world.fakes.values()
+    most = 0.0
+    for _ in range(3 * 24 * 6):
+        # 0.3 GiB an hour: from 0.5 GiB it takes 25 hours to 8 GiB, and the window comes after 24.
+        fake.residual_gib += 0.05
+        most = max(most, fake.residual_gib)
+        world.run(600, step=600)
+        world.check()
+    assert [one.step for one in world.executions] == ["Recycle"] * 3
+    assert [one.at.replace(minute=0, second=0) for one in world.executions] == [
+        NOW.replace(hour=14) + timedelta(days=day) for day in range(3)
+    ]
+    assert 7.5 < most < 8
+    assert {one.status.outcome for one in world.restarts.values()} == {RestartOutcome.RECOVERED}
+    assert all("predicted to pass 8Gi" in one.spec.reason for one in world.restarts.values())

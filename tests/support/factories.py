@@ -66,8 +66,7 @@ from vram_operator.core.snapshot import (
     Snapshot,
     Target,
     Workload,
-    extend_history,
-    sample_of,
+    hear,
 )
 
 GIB = 1024**3
@@ -233,12 +232,11 @@ def make_agent(pod: Pod, residual_gib: float = 1.0, now: datetime = NOW, **field
     names = ("push", "calls", "refuses", "refused_at", "error")
     of_agent = {name: fields.pop(name) for name in names if name in fields}
     report = make_report(pod, residual_gib, now, **fields)
-    history: tuple[ResidualSample, ...] = ()
+    agent = Agent(pod_uid=pod.uid)
     for seconds in range(120, -1, -10):
         moment = ago(seconds, now)
-        past = structs.replace(report, observed_at=rfc3339(moment))
-        history = extend_history(history, sample_of(past, moment), 600)
-    return Agent(pod_uid=pod.uid, report=report, received_at=now, history=history, **of_agent)
+        agent = hear(agent, structs.replace(report, observed_at=rfc3339(moment)), moment, 600)
+    return replace(agent, report=report, **of_agent)
 
 
 def make_action(

@@ -86,17 +86,7 @@ class AgentClient:
             raise AgentError(f"{agent.url} does not answer: {_name(error)}") from error
         if status != 200:
             raise AgentError(f"{agent.url}/report answered {status}")
-        try:
-            report = _reports.decode(content)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise AgentError(f"{agent.url}/report is no report: {error}") from error
-        if report.protocol != REPORT_PROTOCOL:
-            raise AgentError(
-                f"{agent.url} speaks protocol {report.protocol!r}, not {REPORT_PROTOCOL!r}"
-            )
-        if report.agent.pod.uid and report.agent.pod.uid != agent.pod_uid:
-            raise AgentError(f"{agent.url} is the agent of another pod, {report.agent.pod.name}")
-        return report
+        return parse_report(content, f"{agent.url}/report", agent.pod_uid)
 
     async def call(self, agent: AgentAddress, method: str, path: str, body: Any) -> Answer:
         """Send one signed control call and return what came back. Never raises for the agent."""
@@ -117,6 +107,19 @@ class AgentClient:
                 return Answer(response.status, _message(await _read(response)))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return Answer(0, f"{agent.url} does not answer: {_name(error)}")
+
+
+def parse_report(content: bytes, where: str, pod_uid: str) -> Report:
+    """Return a report that may be believed to be of the pod. Raises AgentError."""
+    try:
+        report = _reports.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise AgentError(f"{where} is no report: {error}") from error
+    if report.protocol != REPORT_PROTOCOL:
+        raise AgentError(f"{where} speaks protocol {report.protocol!r}, not {REPORT_PROTOCOL!r}")
+    if report.agent.pod.uid and report.agent.pod.uid != pod_uid:
+        raise AgentError(f"{where} is the agent of another pod, {report.agent.pod.name}")
+    return report
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

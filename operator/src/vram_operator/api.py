@@ -68,6 +68,7 @@ from vram_operator.api_workload_status import (
     AgentCounts,
     LastRestart,
     ModelStatus,
+    ResidualTrend,
     VramFigures,
     WorkloadStatus,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "PodTemplate",
     "Reason",
     "ResidualPolicy",
+    "ResidualTrend",
     "RestartCondition",
     "RestartMethod",
     "RestartOutcome",

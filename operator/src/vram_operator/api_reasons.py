@@ -43,6 +43,7 @@ class Reason(StrEnum):
     # ResidualHigh
     BELOW_THRESHOLD = "BelowThreshold"
     ABOVE_THRESHOLD = "AboveThreshold"  # for forSeconds and minSamples, with nothing in flight
+    PREDICTED_ABOVE_THRESHOLD = "PredictedAboveThreshold"  # below, and above before the next window
     COLLECTING_EVIDENCE = "CollectingEvidence"  # above, but not for long enough yet
     NO_THRESHOLD = "NoThreshold"  # restart.residual is absent
     NO_EVIDENCE = "NoEvidence"  # no fresh report, or its source is Unknown

@@ -23,6 +23,23 @@ class AgentCounts(Status, frozen=True, kw_only=True):
     reporting: Annotated[int, Meta(ge=0, description="Those whose report is fresh.")] = 0
 
 
+class ResidualTrend(Status, frozen=True, kw_only=True):
+    """Where a growing residual leads, by the pod that comes to it first."""
+
+    pod: Annotated[str, Meta(max_length=253, description="Name of the pod.")]
+    growth_per_hour: Annotated[
+        Quantity, Meta(description="By how much its residual grows in an hour.")
+    ]
+    threshold_time: Annotated[
+        Timestamp | None,
+        Meta(description="When its residual is predicted to pass restart.residual.threshold."),
+    ] = None
+    out_of_memory_time: Annotated[
+        Timestamp | None,
+        Meta(description="When its residual is predicted to have filled the device."),
+    ] = None
+
+
 class VramFigures(Status, frozen=True, kw_only=True):
     """Sums over the workload's pods, rounded to 256Mi."""
 
@@ -31,6 +48,13 @@ class VramFigures(Status, frozen=True, kw_only=True):
         Quantity, Meta(description="Of it, what no resident model accounts for.")
     ] = "0"
     models: Annotated[Quantity, Meta(description="Of it, what resident models hold.")] = "0"
+    trend: Annotated[
+        ResidualTrend | None,
+        Meta(
+            description="Where the residual leads; absent while it does not grow, or leads nowhere "
+            "within 30 days. Written again when it moves by about a quarter."
+        ),
+    ] = None
 
 
 class ModelStatus(Status, frozen=True, kw_only=True):
@@ -111,4 +135,11 @@ class WorkloadStatus(Status, frozen=True, kw_only=True):
     ] = None
 
 
-__all__ = ["AgentCounts", "LastRestart", "ModelStatus", "VramFigures", "WorkloadStatus"]
+__all__ = [
+    "AgentCounts",
+    "LastRestart",
+    "ModelStatus",
+    "ResidualTrend",
+    "VramFigures",
+    "WorkloadStatus",
+]

@@ -19,8 +19,7 @@ from vram_operator.core.snapshot import (
     CallAnswer,
     EvictionAnswer,
     PushAnswer,
-    extend_history,
-    sample_of,
+    hear,
 )
 from vram_operator.kube import Object
 
@@ -50,12 +49,8 @@ class Facts:
     def record_report(
         self, pod_uid: str, report: Report, at: datetime, keep_seconds: float
     ) -> None:
-        """Keep a report, and its figures in the history. Raises ValueError for a bad time."""
-        agent = self.agent(pod_uid)
-        history = extend_history(agent.history, sample_of(report, at), keep_seconds)
-        self._agents[pod_uid] = replace(
-            agent, report=report, received_at=at, history=history, error=""
-        )
+        """Keep a report, and its figures in history and trend. Raises ValueError for a bad time."""
+        self._agents[pod_uid] = hear(self.agent(pod_uid), report, at, keep_seconds)
 
     def record_silence(self, pod_uid: str, error: str) -> None:
         """Keep why the agent gave no report; the last report stays, with its age."""

@@ -13,11 +13,14 @@ from vram_operator.api import ConditionStatus, WorkloadCondition
 from vram_operator.cache import Cache, Key
 from vram_operator.clock import Clock
 from vram_operator.core.evidence import silent_seconds
+from vram_operator.core.forecast import foresee
 from vram_operator.core.reporting import agent_state, is_heard, should_report
+from vram_operator.core.snapshot import Agent
+from vram_operator.core.turn import earliest
 from vram_operator.facts import Facts
 from vram_operator.kube import PODS, WORKLOADS, Object
-from vram_operator.metrics import WorkloadGauge
-from vram_operator.pods import read_pod
+from vram_operator.metrics import TrendGauge, WorkloadGauge
+from vram_operator.pods import read_pod, threshold_bytes
 
 
 class Gauges:
@@ -47,9 +50,14 @@ class Gauges:
                 if agent.report is not None and is_heard(agent, self._silent, now)
             ]
             yield WorkloadGauge(
+                trend=_trend(
+                    [agent for _, agent in agents if is_heard(agent, self._silent, now)],
+                    threshold_bytes(raw),
+                ),
                 namespace=namespace,
                 name=name,
-                ready=_ready(raw),
+                ready=_status(raw, WorkloadCondition.READY),
+                degraded=_status(raw, WorkloadCondition.DEGRADED) == ConditionStatus.TRUE,
                 used_bytes=sum(report.memory.used_bytes for report in reports),
                 residual_bytes=sum(report.memory.residual_bytes for report in reports),
                 agent_states=tuple(
@@ -64,7 +72,17 @@ class Gauges:
         return [reason for reasons in self.waiting.values() for reason in reasons]
 
 
-def _ready(raw: Object) -> str:
+def _trend(agents: list[Agent], threshold: int | None) -> TrendGauge:
+    slopes = [agent.track.trend.bytes_per_second for agent in agents if agent.track.trend]
+    forecasts = [one for one in (foresee(agent, threshold) for agent in agents) if one is not None]
+    return TrendGauge(
+        bytes_per_second=max(slopes, default=None),
+        threshold_at=earliest([one.threshold_at for one in forecasts]),
+        out_of_memory_at=earliest([one.out_of_memory_at for one in forecasts]),
+    )
+
+
+def _status(raw: Object, type_: WorkloadCondition) -> str:
     conditions = (raw.get("status") or {}).get("conditions") or []
-    found = (one["status"] for one in conditions if one["type"] == WorkloadCondition.READY)
+    found = (one["status"] for one in conditions if one["type"] == type_)
     return str(next(found, ConditionStatus.UNKNOWN))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 
 from prometheus_client import (
     CollectorRegistry,
@@ -35,15 +36,29 @@ _LONG_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0,
 
 
 @dataclass(frozen=True)
+class TrendGauge:
+    """Where the residual of a workload leads; None for what is not known, and then not shown.
+
+    The slope is that of the pod whose residual grows fastest, the moments those of the first pod.
+    """
+
+    bytes_per_second: float | None = None
+    threshold_at: datetime | None = None
+    out_of_memory_at: datetime | None = None
+
+
+@dataclass(frozen=True)
 class WorkloadGauge:
     """What a scrape tells of one workload."""
 
     namespace: str
     name: str
     ready: str
+    degraded: bool
     used_bytes: int
     residual_bytes: int
     agent_states: tuple[str, ...]
+    trend: TrendGauge
 
 
 class _StateCollector(Collector):
@@ -67,16 +82,25 @@ class _StateCollector(Collector):
             "Device memory of the workload's pods that no resident model accounts for.",
             labels=["namespace", "workload"],
         )
+        trends, degraded = _Trends(), 0
         ready: Tally[str] = Tally({"True": 0, "False": 0, "Unknown": 0})
         states: Tally[str] = Tally(dict.fromkeys(map(str, AgentState), 0))
         for workload in self.workloads():
             ready[workload.ready] += 1
+            degraded += workload.degraded
             states.update(workload.agent_states)
+            trends.add(workload)
             used.add_metric([workload.namespace, workload.name], workload.used_bytes)
             residual.add_metric([workload.namespace, workload.name], workload.residual_bytes)
         yield used
         yield residual
+        yield from trends.families
         yield _tally("workloads", "Workloads by their condition Ready.", "ready", ready)
+        yield GaugeMetricFamily(
+            f"{PREFIX}workloads_degraded",
+            "Workloads that get no residual restart, since so many in a row did not help.",
+            value=degraded,
+        )
         yield _tally("agents", "Agents by how they answer.", "state", states)
         yield _tally(
             "restarts_blocked",
@@ -84,6 +108,41 @@ class _StateCollector(Collector):
             "reason",
             Tally(self.blocked()),
         )
+
+
+class _Trends:
+    """The gauges of where residuals lead."""
+
+    def __init__(self) -> None:
+        labels = ["namespace", "workload"]
+        self._slope = GaugeMetricFamily(
+            f"{PREFIX}workload_residual_slope_bytes_per_second",
+            "Growth of the residual, of the workload's pod where it grows fastest.",
+            labels=labels,
+        )
+        self._threshold = GaugeMetricFamily(
+            f"{PREFIX}workload_residual_threshold_timestamp_seconds",
+            "When a pod's residual is predicted to pass restart.residual.threshold.",
+            labels=labels,
+        )
+        self._out_of_memory = GaugeMetricFamily(
+            f"{PREFIX}workload_residual_out_of_memory_timestamp_seconds",
+            "When a pod's residual is predicted to have filled its device.",
+            labels=labels,
+        )
+
+    def add(self, workload: WorkloadGauge) -> None:
+        labels, found = [workload.namespace, workload.name], workload.trend
+        if found.bytes_per_second is not None:
+            self._slope.add_metric(labels, found.bytes_per_second)
+        if found.threshold_at is not None:
+            self._threshold.add_metric(labels, found.threshold_at.timestamp())
+        if found.out_of_memory_at is not None:
+            self._out_of_memory.add_metric(labels, found.out_of_memory_at.timestamp())
+
+    @property
+    def families(self) -> tuple[GaugeMetricFamily, ...]:
+        return self._slope, self._threshold, self._out_of_memory
 
 
 def _tally(name: str, text: str, label: str, counts: Tally[str]) -> GaugeMetricFamily:

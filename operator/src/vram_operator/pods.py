@@ -1,6 +1,6 @@
 """Reads pods, targets and restarts from the apiserver's JSON into the types of the plan.
 
-Called by `gather`, `apply` and `poller`. Pure: JSON in, frozen values out.
+Called by `gather`, `apply`, `poller` and `gauges`. Pure: JSON in, frozen values out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
-from vram_agent.protocol import CONTROL_PORT_ANNOTATION
+from vram_agent.protocol import CONTROL_PORT_ANNOTATION, InvalidQuantityError, parse_quantity
 
 from vram_operator.api import (
     AGENT_CONTAINER,
@@ -200,6 +200,20 @@ def read_restart(raw: Object) -> Restart:
         annotations=metadata.get("annotations") or {},
         labels=metadata.get("labels") or {},
     )
+
+
+def raw_residual_policy(workload: Object) -> Object:
+    """Return ``spec.restart.residual`` as it stands; empty where there is none."""
+    policy = ((workload.get("spec") or {}).get("restart") or {}).get("residual") or {}
+    return dict(policy)
+
+
+def threshold_bytes(workload: Object) -> int | None:
+    """Return the residual threshold; None where there is none that can be read."""
+    try:
+        return parse_quantity(str(raw_residual_policy(workload)["threshold"]))
+    except (KeyError, InvalidQuantityError):
+        return None
 
 
 def _time(text: str | None) -> datetime | None:

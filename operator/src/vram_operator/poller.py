@@ -14,17 +14,23 @@ from dataclasses import dataclass
 
 import msgspec
 import structlog
-from vram_agent.protocol import InvalidQuantityError, Report, parse_quantity
+from vram_agent.protocol import Report
 
 from vram_operator.agent_client import AgentAddress, AgentClient, AgentError
 from vram_operator.api import ResidualPolicy, decode
 from vram_operator.cache import Cache, Key, workload_key
 from vram_operator.clock import Clock
 from vram_operator.core.evidence import history_seconds
+from vram_operator.core.snapshot import Agent
 from vram_operator.facts import Facts
 from vram_operator.kube import PODS, RESTARTS, WORKLOADS, Object
 from vram_operator.metrics import Metrics
-from vram_operator.pods import control_port, is_finished_pod
+from vram_operator.pods import (
+    control_port,
+    is_finished_pod,
+    raw_residual_policy,
+    threshold_bytes,
+)
 from vram_operator.queue import KeyedQueue
 
 CONCURRENT_POLLS = 64
@@ -151,7 +157,8 @@ class Poller:
             self.metrics.report_age_seconds.observe(age.total_seconds())
         urgency = self._urgency(workload, key, report, place[1])
         is_near = urgency.threshold_bytes and urgency.residual_bytes >= urgency.threshold_bytes
-        if before.error or is_near or gist(before.report) != gist(report):
+        turned = is_growing(before) != is_growing(self._facts.agent(uid))
+        if before.error or is_near or turned or gist(before.report) != gist(report):
             self.on_news(key)
         return next_poll_seconds(self._rhythm.interval_seconds, urgency)
 
@@ -161,10 +168,15 @@ class Poller:
             and restart["spec"]["pod"]["name"] == pod_name
             for restart in self._cache.members(RESTARTS, key)
         )
-        return Urgency(report.memory.residual_bytes, _threshold_bytes(workload), acting)
+        return Urgency(report.memory.residual_bytes, threshold_bytes(workload), acting)
 
     def _on_error(self, place: Key, error: Exception) -> None:
         _log.error("polling failed", namespace=place[0], pod=place[1], exc_info=error)
+
+
+def is_growing(agent: Agent) -> bool:
+    """Is the agent's residual on its way somewhere?"""
+    return agent.track.trend is not None and agent.track.trend.is_rising
 
 
 def gist(report: Report | None) -> object:
@@ -185,20 +197,8 @@ def gist(report: Report | None) -> object:
     )
 
 
-def _residual_policy(workload: Object) -> Object:
-    policy = ((workload.get("spec") or {}).get("restart") or {}).get("residual") or {}
-    return dict(policy)
-
-
-def _threshold_bytes(workload: Object) -> int | None:
-    try:
-        return parse_quantity(str(_residual_policy(workload)["threshold"]))
-    except (KeyError, InvalidQuantityError):
-        return None
-
-
 def _kept_seconds(workload: Object, rhythm: Rhythm) -> float:
-    raw = _residual_policy(workload)
+    raw = raw_residual_policy(workload)
     try:
         policy = decode(raw, ResidualPolicy) if raw else None
     except msgspec.ValidationError:

@@ -63,10 +63,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
-    """What a candidate waits for. ``ask`` wants a dry-run eviction, whose answer is missing."""
+    """What a candidate waits for. ``ask`` wants a dry-run eviction, whose answer is missing.
+
+    ``figures`` go with the message, and do not make another one of it when they move.
+    """
 
     reason: Reason
     message: str
+    figures: str = ""
     requeue_at: datetime | None = None
     ask: bool = False
 
@@ -195,7 +199,8 @@ def _wait_for_evidence(visit: Visit, candidate: Candidate) -> Wait | None:
     quiet = evidence.reason is not EvidenceReason.NOT_QUIET
     return Wait(
         reason=Reason.NO_EVIDENCE if quiet else Reason.NOT_IDLE,
-        message=f"pod {candidate.pod.name}: the evidence does not hold now",
+        message=f"pod {candidate.pod.name}: the evidence does not hold now ({evidence.reason})",
+        figures=evidence.message,
         requeue_at=evidence.requeue_at,
     )
 

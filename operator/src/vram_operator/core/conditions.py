@@ -21,17 +21,15 @@ from vram_operator.api import (
 )
 from vram_operator.core.condition_list import Finding, find_condition, is_true
 from vram_operator.core.evidence import BLIND, COLLECTING, Evidence, EvidenceReason
-from vram_operator.core.figures import MIB, show_bytes
+from vram_operator.core.figures import MIB, NAMED, name_some, show_bytes
 from vram_operator.core.phases import is_active, open_attempt
 from vram_operator.core.plan import Blocked, EmitEvent, EventType
 from vram_operator.core.reporting import AgentState, agent_state, is_heard, should_report
 from vram_operator.core.snapshot import Agent, Pod, Restart
+from vram_operator.core.standing import find_standing
 from vram_operator.core.visit import Visit
 
 _TRUE, _FALSE, _UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
-_NAMED = 3
-"""A message names so many pods or restarts, and counts the others."""
-
 _EVENTS = {
     Reason.INVALID_SCHEDULE: EventReason.INVALID_SCHEDULE,
     Reason.CONFLICTED: EventReason.CONFLICTED,
@@ -39,8 +37,38 @@ _EVENTS = {
     Reason.AGENT_SILENT: EventReason.AGENT_SILENT,
     Reason.ABOVE_THRESHOLD: EventReason.RESIDUAL_HIGH,
     Reason.ABOVE_WARNING: EventReason.VRAM_HIGH,
+    Reason.RESTARTS_DO_NOT_HELP: EventReason.RESTART_BLOCKED,
 }
 """Reasons whose appearance is told in an Event."""
+
+
+_RESIDUALS = (
+    (
+        frozenset({EvidenceReason.SUFFICIENT}),
+        _TRUE,
+        Reason.ABOVE_THRESHOLD,
+        "more than {} without a model",
+    ),
+    (
+        COLLECTING,
+        _FALSE,
+        Reason.COLLECTING_EVIDENCE,
+        "above {}, not for long enough and quiet yet",
+    ),
+    (
+        frozenset({EvidenceReason.PREDICTED}),
+        _FALSE,
+        Reason.PREDICTED_ABOVE_THRESHOLD,
+        "predicted to be above {} before the next window opens",
+    ),
+    (
+        frozenset({EvidenceReason.THRESHOLD_TOO_LOW}),
+        _FALSE,
+        Reason.THRESHOLD_TOO_LOW,
+        "context and libraries alone hold more than {}",
+    ),
+)
+"""What evidence of a pod means for ResidualHigh: the first that some pod has; {} is the limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +78,7 @@ class Progress:
     restarts: tuple[Restart, ...]
     blocked: tuple[Blocked, ...]
     failures: int
+    next_restart_time: datetime | None = None
 
 
 def find_conditions(visit: Visit, progress: Progress) -> tuple[Finding, ...]:
@@ -60,16 +89,21 @@ def find_conditions(visit: Visit, progress: Progress) -> tuple[Finding, ...]:
         _agents_reporting(visit),
         _residual_high(visit),
         _vram_high(visit),
-        _restarting(progress),
+        _restarting(visit, progress),
         _restart_blocked(progress),
         _degraded(visit, progress),
     )
 
 
 def events_of(before: Sequence[Condition], findings: Sequence[Finding]) -> tuple[EmitEvent, ...]:
-    """Return the Events of what has changed: reasons that were not there before."""
+    """Return the Events of what has changed: reasons that were not there before.
+
+    What blocks a restart is told by the restart itself, or by ``tell_blocked``.
+    """
     events = []
     for finding in findings:
+        if finding.type == WorkloadCondition.RESTART_BLOCKED:
+            continue
         old = find_condition(before, finding.type)
         reason = _EVENTS.get(finding.reason)
         if reason is not None and (old is None or old.reason != finding.reason):
@@ -77,11 +111,27 @@ def events_of(before: Sequence[Condition], findings: Sequence[Finding]) -> tuple
     return tuple(events)
 
 
-def name_some(names: Sequence[str]) -> str:
-    """Return names for a sentence: the first three, and how many more."""
-    some = sorted(names)
-    more = f" and {len(some) - _NAMED} more" if len(some) > _NAMED else ""
-    return ", ".join(some[:_NAMED]) + more
+def tell_blocked(before: Sequence[Condition], progress: Progress) -> tuple[EmitEvent, ...]:
+    """Return the Event of what keeps a restart from being decided, when that has changed.
+
+    A restart that is decided tells its own; that restarts do not help is told with Degraded.
+    """
+    first = _first_waiting(progress)
+    if first is None or first.restart or first.reason is Reason.RESTARTS_DO_NOT_HELP:
+        return ()
+    old = find_condition(before, WorkloadCondition.RESTART_BLOCKED)
+    if old is not None and old.reason == first.reason:
+        return ()
+    message = f"{first.pod}: {first.reason}: {first.message}"
+    return (EmitEvent(reason=EventReason.RESTART_BLOCKED, message=message, pod=first.pod),)
+
+
+def _first_waiting(progress: Progress) -> Blocked | None:
+    return min(_waiting(progress), key=lambda one: (one.restart, one.pod), default=None)
+
+
+def _waiting(progress: Progress) -> list[Blocked]:
+    return [one for one in progress.blocked if one.reason is not Reason.PENDING]
 
 
 def _accepted(visit: Visit) -> Finding:
@@ -109,7 +159,7 @@ def _ready(visit: Visit) -> Finding:
         if model.state is ModelState.FAILED
     )
     if failed:  # 3
-        return Finding(type_, _FALSE, Reason.MODEL_FAILED, "; ".join(failed[:_NAMED]))
+        return Finding(type_, _FALSE, Reason.MODEL_FAILED, "; ".join(failed[:NAMED]))
     ready = sum(pod.ready for pod in visit.pods)
     template = visit.snapshot.workload.spec.template
     wanted = target.replicas if target is not None else template.replicas if template else 0
@@ -193,8 +243,9 @@ def _names_in(states: Mapping[str, AgentState], wanted: AgentState) -> list[str]
 def _residual_high(visit: Visit) -> Finding:
     """Does a pod hold more than the threshold without a model?
 
-    1. There is no threshold. 2. One does, proven. 3. One does, not proven yet. 4. The threshold
-    is below what a context alone holds. 5. Nothing can be said of any. 6. None does.
+    1. There is no threshold. 2. One does, proven. 3. One does, not proven yet. 4. One will, while
+    no window is open. 5. The threshold is below what a context alone holds. 6. Nothing can be said
+    of any. 7. None does.
     """
     type_ = WorkloadCondition.RESIDUAL_HIGH
     threshold = visit.threshold_bytes
@@ -204,27 +255,17 @@ def _residual_high(visit: Visit) -> Finding:
     found = {
         pod.name: evidence for pod in visit.pods if (evidence := visit.evidence_of(pod)) is not None
     }
-    high = _names_with(found, {EvidenceReason.SUFFICIENT})
-    if high:  # 2
-        message = f"{name_some(high)}: more than {limit} without a model"
-        return Finding(type_, _TRUE, Reason.ABOVE_THRESHOLD, message)
-    collecting = _names_with(found, COLLECTING)
-    if collecting:  # 3
-        message = f"{name_some(collecting)}: above {limit}, not for long enough and quiet yet"
-        return Finding(type_, _FALSE, Reason.COLLECTING_EVIDENCE, message)
-    low = _names_with(found, {EvidenceReason.THRESHOLD_TOO_LOW})
-    if low:  # 4
-        message = f"{name_some(low)}: context and libraries alone hold more than {limit}"
-        return Finding(type_, _FALSE, Reason.THRESHOLD_TOO_LOW, message)
+    for reasons, status, reason, what in _RESIDUALS:  # 2 to 5
+        names = _names_with(found, reasons)
+        if names:
+            return Finding(type_, status, reason, f"{name_some(names)}: {what.format(limit)}")
     blind = _names_with(found, BLIND)
-    if len(blind) == len(found):  # 5
+    if len(blind) == len(found):  # 6
         return Finding(type_, _UNKNOWN, Reason.NO_EVIDENCE, "no fresh report of a known source")
-    return Finding(type_, _FALSE, Reason.BELOW_THRESHOLD)  # 6
+    return Finding(type_, _FALSE, Reason.BELOW_THRESHOLD)  # 7
 
 
-def _names_with(
-    found: dict[str, Evidence], reasons: frozenset[EvidenceReason] | set[EvidenceReason]
-) -> list[str]:
+def _names_with(found: dict[str, Evidence], reasons: frozenset[EvidenceReason]) -> list[str]:
     return sorted(name for name, evidence in found.items() if evidence.reason in reasons)
 
 
@@ -252,7 +293,8 @@ def _vram_high(visit: Visit) -> Finding:
     return Finding(type_, _FALSE, Reason.BELOW_WARNING)
 
 
-def _restarting(progress: Progress) -> Finding:
+def _restarting(visit: Visit, progress: Progress) -> Finding:
+    """Is a restart being carried out? If not, the message says why: here is what people ask for."""
     type_ = WorkloadCondition.RESTARTING
     running = [
         f"{one.name} ({open_attempt(one.status).method} of {one.spec.pod.name})"
@@ -261,19 +303,17 @@ def _restarting(progress: Progress) -> Finding:
     ]
     if running:
         return Finding(type_, _TRUE, Reason.RESTARTING, name_some(running))
-    return Finding(type_, _FALSE, Reason.NOT_RESTARTING)
+    standing = find_standing(visit, progress.blocked, progress.next_restart_time)
+    return Finding(type_, _FALSE, Reason.NOT_RESTARTING, standing.message, standing.figures)
 
 
 def _restart_blocked(progress: Progress) -> Finding:
     type_ = WorkloadCondition.RESTART_BLOCKED
-    waiting = sorted(
-        (one for one in progress.blocked if one.reason is not Reason.PENDING),
-        key=lambda one: (one.restart, one.pod),
-    )
-    if not waiting:
+    first = _first_waiting(progress)
+    if first is None:
         return Finding(type_, _FALSE, Reason.NOT_BLOCKED)
-    first = waiting[0]
-    more = f" (and {len(waiting) - 1} more)" if len(waiting) > 1 else ""
+    others = len(_waiting(progress)) - 1
+    more = f" (and {others} more)" if others else ""
     return Finding(
         type_, _TRUE, first.reason, f"{first.restart or first.pod}: {first.message}{more}"
     )

@@ -38,6 +38,7 @@ class EvidenceReason(StrEnum):
     TOO_FEW_SAMPLES = "TooFewSamples"  # fewer than minSamples in a row
     TOO_SHORT = "TooShort"  # the row does not reach over forSeconds
     SUFFICIENT = "Sufficient"
+    PREDICTED = "Predicted"  # below, and will be above before the next window; see ``forecast``
 
 
 COLLECTING = frozenset(
@@ -60,7 +61,7 @@ class Evidence:
     @property
     def is_sufficient(self) -> bool:
         """May a restart rest on it?"""
-        return self.reason is EvidenceReason.SUFFICIENT
+        return self.reason in (EvidenceReason.SUFFICIENT, EvidenceReason.PREDICTED)
 
 
 def fresh_seconds(poll_interval_seconds: float) -> float:

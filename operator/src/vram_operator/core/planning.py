@@ -10,7 +10,13 @@ from __future__ import annotations
 from datetime import datetime
 
 from vram_operator.api import EventReason
-from vram_operator.core.conditions import Progress, events_of, find_conditions, next_silence
+from vram_operator.core.conditions import (
+    Progress,
+    events_of,
+    find_conditions,
+    next_silence,
+    tell_blocked,
+)
 from vram_operator.core.figures import show_time
 from vram_operator.core.plan import (
     EmitEvent,
@@ -46,6 +52,7 @@ def plan(snapshot: Snapshot, now: datetime) -> Plan:
         restarts=turns.restarts,
         blocked=(*turns.blocked, *decisions.blocked),
         failures=count_failures(visit),
+        next_restart_time=decisions.next_restart_time,
     )
     findings = find_conditions(visit, progress)
     old = snapshot.workload.status
@@ -62,6 +69,7 @@ def plan(snapshot: Snapshot, now: datetime) -> Plan:
             *((write,) if changed else ()),
             *turns.events,
             *events_of(old.conditions, findings),
+            *tell_blocked(old.conditions, progress),
             *_tell_missed(decisions.missed_run),
             *turns.actions,
             *removals,

@@ -22,7 +22,7 @@ from vram_operator.core.evidence import EvidenceReason
 from vram_operator.core.figures import show_time, whole_seconds
 from vram_operator.core.phases import concerns, next_rung
 from vram_operator.core.plan import Blocked, DryRunEvict, EmitEvent
-from vram_operator.core.schedule import spread, starting_deadline
+from vram_operator.core.schedule import starting_deadline
 from vram_operator.core.snapshot import ActiveRestart, Pod, Restart
 from vram_operator.core.turn import (
     End,
@@ -137,8 +137,7 @@ def starting_time_limit(visit: Visit, restart: Restart) -> datetime | None:
     """Return until when a scheduled restart may start; None for the others."""
     if restart.spec.trigger is not RestartTrigger.SCHEDULED or restart.spec.scheduled_time is None:
         return None
-    jitter = spread(visit.snapshot.workload.uid, visit.snapshot.settings.schedule_jitter_seconds)
-    return starting_deadline(restart.spec.scheduled_time, visit.policy, jitter)
+    return starting_deadline(restart.spec.scheduled_time, visit.policy, visit.jitter)
 
 
 def _last_word(restart: Restart) -> str:
@@ -173,10 +172,10 @@ def _hold(visit: Visit, candidate: Candidate, wait: Wait) -> Turn:
     news = before is None or before.reason != wait.reason
     pending = wait.reason is Reason.PENDING
     status = ConditionStatus.UNKNOWN if pending else ConditionStatus.FALSE
-    finding = Finding(RestartCondition.ADMITTED, status, wait.reason, wait.message)
+    finding = Finding(RestartCondition.ADMITTED, status, wait.reason, wait.message, wait.figures)
     event = EmitEvent(
         reason=EventReason.RESTART_BLOCKED,
-        message=f"{restart.name}: {wait.reason}: {wait.message}",
+        message=f"{restart.name}: {wait.reason}: {finding.text}",
         pod=pod.name,
     )
     deadline = starting_time_limit(visit, restart) if candidate.is_first else None

@@ -15,7 +15,8 @@ Daylight saving, as in Debian's cron:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
@@ -26,6 +27,10 @@ from vram_operator.api import RestartPolicy, Window
 
 SHORTEST_DEADLINE_SECONDS = 10
 """A starting deadline below this counts as this: nobody looks at the very moment of a run."""
+
+_TICK, _MINUTE, _DAY = timedelta(seconds=1), timedelta(minutes=1), timedelta(days=1)
+_MOST_IN_A_ROW = 100
+"""So many windows in a row without a gap are open always, as far as anybody needs to know."""
 
 _ALIASES = {
     "@yearly": "0 0 1 1 *",
@@ -136,11 +141,60 @@ def last_run(schedule: Schedule, since: datetime, until: datetime) -> datetime |
         look_back *= 8
 
 
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A time in which it is open without a gap; ``closes_at`` is None when it stays so.
+
+    ``next_at`` is when it opens after that, None when it never does.
+    """
+
+    opened_at: datetime
+    closes_at: datetime | None
+    next_at: datetime | None
+
+
 def is_open(windows: tuple[OpenWindow, ...], now: datetime) -> bool:
     """Is a window open? Without windows it always is. A window is open from its run on."""
     return not windows or any(
         last_run(window.schedule, now - window.duration, now) is not None for window in windows
     )
+
+
+def find_opening(windows: tuple[OpenWindow, ...], now: datetime) -> Opening | None:
+    """Return for how long it is open at ``now``; None when it is closed or there are no windows.
+
+    Windows that overlap or follow each other without a gap are one.
+    """
+    if not windows or not is_open(windows, now):
+        return None
+    opened_at = closes_at = now
+    for _ in range(_MOST_IN_A_ROW):
+        earlier = min(_openings(windows, opened_at), default=opened_at)
+        if earlier >= opened_at:
+            break
+        opened_at = earlier
+    for _ in range(_MOST_IN_A_ROW):
+        later = max(_closings(windows, closes_at), default=closes_at)
+        if later <= closes_at:
+            return Opening(opened_at, closes_at, next_opening(windows, closes_at))
+        closes_at = later
+    return Opening(opened_at, closes_at=None, next_at=None)
+
+
+def _openings(windows: tuple[OpenWindow, ...], moment: datetime) -> Iterator[datetime]:
+    """Yield the first run of each window that is open at the moment, or closes at it."""
+    for window in windows:
+        first = next_run(window.schedule, moment - window.duration - _TICK)
+        if first is not None and first <= moment:
+            yield first
+
+
+def _closings(windows: tuple[OpenWindow, ...], moment: datetime) -> Iterator[datetime]:
+    """Yield when each window that is open at the moment will close."""
+    for window in windows:
+        last = last_run(window.schedule, moment - window.duration, moment)
+        if last is not None:
+            yield last + window.duration
 
 
 def next_opening(windows: tuple[OpenWindow, ...], now: datetime) -> datetime | None:
@@ -163,12 +217,59 @@ def spread(key: str, most_seconds: float) -> timedelta:
 
 
 def _runs(schedule: Schedule, after: datetime) -> Iterator[datetime]:
-    """Yield the runs later than ``after``, rising, each once."""
+    """Yield the runs later than ``after``, rising, each once.
+
+    CronSim walks the wall clock alone: its own steps over a change of the clock assume whole hours
+    and lose runs where a zone changes by half of one.
+    """
+    walls = CronSim(schedule.expression, _first_wall(schedule.zone, after))
+    moments = _fixed_runs if _is_fixed(schedule.expression) else _passing_runs
     latest = after
-    # CronSim walks in local time without a fold, so in an hour that is passed twice it starts too
-    # early; what is not later than the last one has been.
-    for run in CronSim(schedule.expression, after.astimezone(schedule.zone)):
-        moment = run.astimezone(UTC)
+    for moment in moments(schedule.zone, walls):
         if moment > latest:
             latest = moment
             yield moment
+
+
+def _is_fixed(expression: str) -> bool:
+    """Does the schedule name its times, rather than a rhythm in which real time passes?"""
+    minute, hour, *_ = expression.split()
+    return not minute.startswith("*") and not hour.startswith("*")
+
+
+def _first_wall(zone: ZoneInfo, after: datetime) -> datetime:
+    """Return what the clock shows at ``after``, or the earliest that it will show again."""
+    now, tomorrow = (_wall(zone, moment) for moment in (after, after + _DAY))
+    return min(now, tomorrow - _DAY)
+
+
+def _fixed_runs(zone: ZoneInfo, walls: Iterable[datetime]) -> Iterator[datetime]:
+    """Yield when the clock shows each of ``walls`` first; right after the jump if it never does."""
+    for wall in walls:
+        shown = wall
+        while not (moments := _moments(zone, shown)):
+            shown += _MINUTE
+        yield moments[0]
+
+
+def _passing_runs(zone: ZoneInfo, walls: Iterable[datetime]) -> Iterator[datetime]:
+    """Yield each time that the clock shows one of ``walls``: twice for what it passes twice."""
+    again: deque[datetime] = deque()
+    for wall in walls:
+        moments = _moments(zone, wall)
+        while again and moments and again[0] < moments[0]:
+            yield again.popleft()
+        yield from moments[:1]
+        again.extend(moments[1:])
+    yield from again
+
+
+def _moments(zone: ZoneInfo, wall: datetime) -> list[datetime]:
+    """Return when the clock shows ``wall``: once, twice, or never where it jumps over it."""
+    readings = (wall.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
+    return sorted({moment for moment in readings if _wall(zone, moment) == wall})
+
+
+def _wall(zone: ZoneInfo, moment: datetime) -> datetime:
+    """Return what a clock of the zone shows at the moment, without a zone."""
+    return moment.astimezone(zone).replace(tzinfo=None, fold=0)

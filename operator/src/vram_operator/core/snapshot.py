@@ -8,7 +8,7 @@ holds a client. All times are aware UTC datetimes; bytes are bytes.
 Rules for whoever gathers:
 
 * objects are as the apiserver last showed them, our own writes included (read your writes);
-* ``Agent.history`` grows through :func:`extend_history` and nothing else;
+* ``Agent`` hears reports through :func:`hear`, and its history grows through nothing else;
 * answers to calls (``PushAnswer``, ``CallAnswer``, ``EvictionAnswer``) are facts of this process:
   they may be lost at a crash, and the plan then asks again, which changes nothing twice.
 """
@@ -16,13 +16,14 @@ Rules for whoever gathers:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
 from vram_agent.protocol import ActionStep, ModelState, Report, ResidualSource
 
 from vram_operator.api import RestartSpec, RestartStatus, WorkloadSpec, WorkloadStatus
+from vram_operator.core.trend import NO_TRACK, Point, Track, extend_track
 
 MAX_SAMPLES = 1024
 """Most residual samples kept of one pod; beyond it the older half is thinned out."""
@@ -194,6 +195,7 @@ class Agent:
     report: Report | None = None
     received_at: datetime | None = None
     history: tuple[ResidualSample, ...] = ()
+    track: Track = NO_TRACK
     refuses: bool = False
     refused_at: datetime | None = None
     error: str = ""
@@ -343,3 +345,32 @@ def extend_history(
         half = len(kept) // 2
         kept = kept[:half:2] + kept[half:]
     return (*kept, sample)
+
+
+def hear(agent: Agent, report: Report, at: datetime, keep_seconds: float) -> Agent:
+    """Return what is known of the agent after a report that came at ``at``.
+
+    Raises ValueError when the report's time is no time.
+    """
+    sample = sample_of(report, at)
+    return replace(
+        agent,
+        report=report,
+        received_at=at,
+        history=extend_history(agent.history, sample, keep_seconds),
+        track=extend_track(agent.track, (sample.boot_id, sample.epoch), _point_of(report, sample)),
+        error="",
+    )
+
+
+def _point_of(report: Report, sample: ResidualSample) -> Point | None:
+    """Return what a report says of the trend; None when its residual may be a passing one.
+
+    Which device a leak grows on is not known, so the one with the least room counts.
+    """
+    if not sample.quiet or sample.source is ResidualSource.UNKNOWN:
+        return None
+    free = (device.total_bytes - device.used_bytes for device in report.devices)
+    room = min(free, default=None)
+    limit = 0 if room is None else sample.residual_bytes + max(0, room)
+    return Point(sample.observed_at, sample.residual_bytes, limit)

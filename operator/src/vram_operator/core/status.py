@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from msgspec import structs
 from vram_agent.protocol import ModelState, Report, parse_quantity
 
 from vram_operator.api import (
@@ -22,6 +23,7 @@ from vram_operator.core.condition_list import Finding, with_findings
 from vram_operator.core.conditions import expected_agents, is_reporting
 from vram_operator.core.figures import MIB, round_quantity
 from vram_operator.core.snapshot import Restart
+from vram_operator.core.trend_status import find_residual_trend
 from vram_operator.core.visit import Visit
 
 NOTICED_BYTES = 512 * MIB
@@ -38,12 +40,23 @@ def make_status(
     """Return the status as it should read; equal to the old one when nothing happened."""
     snapshot = visit.snapshot
     workload, target, old = snapshot.workload, snapshot.target, snapshot.workload.status
-    conditions = with_findings(old.conditions, findings, workload.generation, visit.now)
     reports = tuple(
         agent.report
         for pod in visit.pods
         if is_reporting(visit, agent := visit.agent_of(pod.uid)) and agent.report is not None
     )
+    sums = _sum_memory(reports)
+    moved = _have_moved(old.vram, sums)
+    conditions = with_findings(
+        old.conditions, findings, workload.generation, visit.now, fresh_figures=moved
+    )
+    vram = old.vram
+    if moved or _have_changed(old.conditions, conditions):
+        vram = VramFigures(
+            used=round_quantity(sums["used"]),
+            residual=round_quantity(sums["residual"]),
+            models=round_quantity(sums["models"]),
+        )
     models = _count_models(visit, reports)
     resident = sum(model.resident for model in models)
     total = sum(model.resident + model.offloaded + model.failed for model in models)
@@ -55,7 +68,7 @@ def make_status(
         replicas=len(visit.pods) if target is None else target.current,
         ready_replicas=sum(pod.ready for pod in visit.pods),
         agents=AgentCounts(expected=len(expected_agents(visit)), reporting=len(reports)),
-        vram=_sum_vram(old, reports, has_changed=_have_changed(old.conditions, conditions)),
+        vram=structs.replace(vram, trend=find_residual_trend(visit)),
         models=models,
         models_summary=f"{resident}/{max(total, len(models))}" if models else "",
         next_restart_time=next_restart_time,
@@ -75,21 +88,19 @@ def _have_changed(old: list[Condition], new: list[Condition]) -> bool:
     ]
 
 
-def _sum_vram(
-    old: WorkloadStatus, reports: tuple[Report, ...], *, has_changed: bool
-) -> VramFigures:
-    sums = {
+def _sum_memory(reports: tuple[Report, ...]) -> dict[str, int]:
+    return {
         "used": sum(report.memory.used_bytes for report in reports),
         "residual": sum(report.memory.residual_bytes for report in reports),
         "models": sum(report.memory.model_bytes for report in reports),
     }
-    moved = any(
-        abs(parse_quantity(getattr(old.vram, name) or "0") - value) > NOTICED_BYTES
+
+
+def _have_moved(old: VramFigures, sums: dict[str, int]) -> bool:
+    return any(
+        abs(parse_quantity(getattr(old, name) or "0") - value) > NOTICED_BYTES
         for name, value in sums.items()
     )
-    if not moved and not has_changed:
-        return old.vram
-    return VramFigures(**{name: round_quantity(value) for name, value in sums.items()})
 
 
 def _count_models(visit: Visit, reports: tuple[Report, ...]) -> list[ModelStatus]:

@@ -34,12 +34,18 @@ from vram_operator.api import (
     encode,
 )
 from vram_operator.core.admission import find_leave
-from vram_operator.core.evidence import COLLECTING
-from vram_operator.core.figures import show_time
+from vram_operator.core.evidence import COLLECTING, EvidenceReason
+from vram_operator.core.figures import say_jitter, show_time
 from vram_operator.core.phases import concerns, is_finished
 from vram_operator.core.plan import Action, AnnotateWorkload, Blocked, CreateRestart
 from vram_operator.core.resources import owner_reference
-from vram_operator.core.schedule import last_run, next_run, spread, starting_deadline
+from vram_operator.core.schedule import (
+    is_open,
+    last_run,
+    next_opening,
+    next_run,
+    starting_deadline,
+)
 from vram_operator.core.snapshot import Pod, Restart
 from vram_operator.core.turn import earliest
 from vram_operator.core.visit import Visit
@@ -49,6 +55,8 @@ HANDLED_ANNOTATION = "vram.dev/restart-handled"
 GENERATION_ANNOTATION = "vram.dev/workload-generation"
 """On a GPUPodRestart: the workload's generation when it was decided."""
 
+FORESEEN_EVERY = timedelta(minutes=10)
+"""In an open window a residual is asked so often where it leads, whatever news comes of it."""
 _COUNTED = frozenset({RestartOutcome.NOT_RECOVERED, RestartOutcome.FAILED})
 
 
@@ -214,7 +222,7 @@ def _decide_scheduled(
     if announced is None or last_run(schedule, announced - _TICK, announced) is None:  # 2
         draft.requeue.append(following)
         return following, None
-    jitter = spread(visit.snapshot.workload.uid, visit.snapshot.settings.schedule_jitter_seconds)
+    jitter = visit.jitter
     due = last_run(schedule, announced - _TICK, visit.now - jitter)
     if due is None:  # 3
         # A schedule that was made denser has a run before the announced one.
@@ -231,7 +239,7 @@ def _decide_scheduled(
         if pod not in free:
             waiting = True
             continue
-        reason = f"schedule {schedule.expression} in {schedule.zone.key}"
+        reason = f"schedule {schedule.expression} in {schedule.zone.key}" + say_jitter(jitter)
         at = show_time(due)
         draft.decided[pod.uid] = Decision(pod, RestartTrigger.SCHEDULED, at, reason, due)
     if waiting:  # 6
@@ -260,11 +268,13 @@ def _decide_residual(visit: Visit, free: tuple[Pod, ...], draft: _Draft) -> None
             continue
         if evidence.reason in COLLECTING:
             draft.requeue.append(evidence.requeue_at)
+        if evidence.reason is EvidenceReason.BELOW_THRESHOLD:
+            draft.requeue.append(_next_foresight(visit))
         if not evidence.is_sufficient:
             continue
         wait = find_leave(visit, pod, RestartTrigger.RESIDUAL)
         if wait is None and degraded:
-            reason, message = Reason.RESTARTS_DO_NOT_HELP, "see the condition Degraded"
+            reason, message = Reason.RESTARTS_DO_NOT_HELP, _say_degraded(visit)
             draft.blocked.append(Blocked(pod=pod.name, restart="", reason=reason, message=message))
         elif wait is not None:
             draft.requeue.append(wait.requeue_at)
@@ -274,6 +284,22 @@ def _decide_residual(visit: Visit, free: tuple[Pod, ...], draft: _Draft) -> None
         else:
             at = _last_word_of(visit, pod)
             draft.decided[pod.uid] = Decision(pod, RestartTrigger.RESIDUAL, at, evidence.message)
+
+
+def _say_degraded(visit: Visit) -> str:
+    return f"{visit.policy.max_consecutive_failures} restarts in a row did not help"
+
+
+def _next_foresight(visit: Visit) -> datetime | None:
+    """Return when to ask again whether a pod has to be restarted before its window closes."""
+    windows = visit.timetable.windows
+    if not windows:
+        return None
+    return (
+        visit.now + FORESEEN_EVERY
+        if is_open(windows, visit.now)
+        else next_opening(windows, visit.now)
+    )
 
 
 def _last_word_of(visit: Visit, pod: Pod) -> str:

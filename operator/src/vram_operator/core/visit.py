@@ -16,12 +16,21 @@ from vram_operator.api import (
     WORKLOAD_LABEL,
     Reason,
     RestartMethod,
+    RestartOutcome,
     RestartPolicy,
 )
 from vram_operator.core.evidence import Evidence, fresh_seconds, silent_seconds, weigh_evidence
+from vram_operator.core.forecast import Outlook, weigh_forecast
+from vram_operator.core.phases import concerns
 from vram_operator.core.podspec import InvalidTemplateError
 from vram_operator.core.resources import make_deployment
-from vram_operator.core.schedule import InvalidScheduleError, Timetable, parse_timetable
+from vram_operator.core.schedule import (
+    InvalidScheduleError,
+    Timetable,
+    next_run,
+    parse_timetable,
+    spread,
+)
 from vram_operator.core.snapshot import Agent, Pod, Restart, Snapshot
 
 
@@ -87,11 +96,50 @@ class Visit:
         return agent.report
 
     def evidence_of(self, pod: Pod) -> Evidence | None:
-        """Weigh the pod's residual; None without a residual policy."""
-        if self.policy.residual is None:
+        """Weigh the pod's residual, as it is and as it will be; None without a residual policy."""
+        policy, threshold = self.policy.residual, self.threshold_bytes
+        if policy is None or threshold is None:
             return None
         agent = self.agent_of(pod.uid)
-        return weigh_evidence(agent, self.policy.residual, self.fresh.total_seconds(), self.now)
+        evidence = weigh_evidence(agent, policy, self.fresh.total_seconds(), self.now)
+        outlook = Outlook(
+            windows=self.timetable.windows,
+            next_run=self.next_run,
+            threshold_bytes=threshold,
+            for_seconds=policy.for_seconds,
+            fresh_since=self.fresh_since(pod),
+            now=self.now,
+        )
+        return weigh_forecast(evidence, agent, outlook)
+
+    @property
+    def jitter(self) -> timedelta:
+        """By how much later than its schedule the workload's runs start."""
+        settings = self.snapshot.settings
+        return spread(self.snapshot.workload.uid, settings.schedule_jitter_seconds)
+
+    @property
+    def next_run(self) -> datetime | None:
+        """When the schedule restarts the pods next; None without one, or while it is suspended."""
+        runs = self.timetable.runs
+        return None if runs is None or self.policy.suspend else next_run(runs, self.now)
+
+    def fresh_since(self, pod: Pod) -> datetime:
+        """Return when the pod was last made anew: it started, or a restart of it ended.
+
+        A dry run counts, since it stands for one.
+        """
+        ends = (
+            restart.status.completion_time
+            for restart in self.snapshot.restarts
+            if concerns(restart, pod)
+            and (
+                restart.status.start_time is not None
+                or restart.status.outcome is RestartOutcome.DRY_RUN
+            )
+        )
+        started = pod.agent_running_since or pod.created
+        return max([pod.created, started, *(end for end in ends if end is not None)])
 
 
 def begin_visit(snapshot: Snapshot, now: datetime) -> Visit:

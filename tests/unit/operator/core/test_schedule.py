@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from functools import cache
-from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
@@ -24,90 +21,45 @@ from vram_operator.core.schedule import (
     starting_deadline,
 )
 
-START = datetime(2026, 1, 1, tzinfo=UTC)
-END = datetime(2027, 1, 1, tzinfo=UTC)
-MINUTE = timedelta(minutes=1)
+from tests.unit.operator.core.walker import END, START, walk
 
+# Those of daylight saving are there in the year that is walked through, 2026.
 ZONES = (
     "Etc/UTC",
     "Asia/Shanghai",  # no daylight saving
     "Europe/Berlin",
     "America/New_York",
     "America/Santiago",  # the clock jumps over midnight, and winter is in June
+    "Australia/Lord_Howe",  # the clock changes by half an hour
+    "Pacific/Chatham",  # a quarter of an hour off, and the clock jumps at 02:45
+    "Africa/Casablanca",  # back for Ramadan, forth after it
+    "Asia/Kolkata",  # half an hour off, no daylight saving
 )
 EXPRESSIONS = (
     "0 3 * * *",
     "30 2 * * *",  # jumped over in Berlin and New York
     "30 1 * * *",  # passed twice in New York
+    "45 1 * * *",  # passed twice on Lord Howe
+    "15 2 * * *",  # jumped over on Lord Howe
+    "50 2 * * *",  # jumped over on Chatham
     "30 2 * * 0",
     "0 0 * * *",  # jumped over in Santiago
+    "30 23 * * 6",  # passed twice in Santiago
+    "0,30 0-4 * * *",
     "15 0,12 1,15 * *",
     "0 0 13 * 5",  # day of month or day of week
-    "*/20 * * * *",
+    "0 0 */5 * 1",  # day of month and day of week
+    "*/20 * * 3,9,10 0",
+    "45 * * 4,10,11 *",
+    "7-59/13 * * 4,11 0",
     "0 */6 * * *",
+    "15 */2 * * 0",
+    "*/30 2 * * *",
+    "* 1 * * 0",
     "5 4 28-31 2 *",
+    "59 23 31 12 *",
     "0 9 * * 1-5",
 )
-
-
-def _numbers(field: str, lowest: int, highest: int) -> set[int]:
-    found: set[int] = set()
-    for part in field.split(","):
-        body, _, step = part.partition("/")
-        first, last = (lowest, highest)
-        if body != "*":
-            start, _, end = body.partition("-")
-            first, last = int(start), int(end or start)
-        found |= set(range(first, last + 1, int(step or 1)))
-    return found
-
-
-@cache
-def naive_runs(expression: str, zone_name: str) -> tuple[datetime, ...]:
-    """Walk through every minute of the year, first on the wall clock, then in real time."""
-    minute, hour, day, month, weekday = expression.split()
-    zone = ZoneInfo(zone_name)
-    minutes, hours = _numbers(minute, 0, 59), _numbers(hour, 0, 23)
-    days, months = _numbers(day, 1, 31), _numbers(month, 1, 12)
-    weekdays = {number % 7 for number in _numbers(weekday, 0, 7)}
-    either = not day.startswith("*") and not weekday.startswith("*")
-
-    def matches(wall: datetime) -> bool:
-        if wall.minute not in minutes or wall.hour not in hours or wall.month not in months:
-            return False
-        by_day, by_weekday = wall.day in days, (wall.isoweekday() % 7) in weekdays
-        return by_day or by_weekday if either else by_day and by_weekday
-
-    def real_time() -> Iterator[datetime]:
-        moment = START
-        while moment < END:
-            # all these zones are whole hours away from UTC, so their minutes are the same
-            if moment.minute in minutes and matches(moment.astimezone(zone)):
-                yield moment
-            moment += MINUTE
-
-    def wall_time() -> Iterator[datetime]:
-        wall = datetime(2025, 12, 31)  # noqa: DTZ001 - a wall clock has no zone
-        while wall < datetime(2027, 1, 2):  # noqa: DTZ001
-            if matches(wall):
-                aware = wall.replace(tzinfo=zone)
-                moment = aware.astimezone(UTC)
-                if moment.astimezone(zone).replace(tzinfo=None) != wall:
-                    # jumped over: the first minute that exists after the jump
-                    moment = _first_after_jump(moment, zone)
-                if START <= moment < END:
-                    yield moment
-            wall += MINUTE
-
-    follows_wall = not minute.startswith("*") and not hour.startswith("*")
-    return tuple(sorted(set(wall_time() if follows_wall else real_time())))
-
-
-def _first_after_jump(moment: datetime, zone: ZoneInfo) -> datetime:
-    offset = moment.astimezone(zone).utcoffset()
-    while (moment - MINUTE).astimezone(zone).utcoffset() == offset:
-        moment -= MINUTE
-    return moment
 
 
 def at(text: str) -> datetime:
@@ -124,7 +76,7 @@ def test_every_run_of_a_year_is_where_a_walk_through_its_minutes_finds_it(
     moment: datetime | None = START - timedelta(seconds=1)
     while moment is not None and (moment := next_run(schedule, moment)) and moment < END:
         found.append(moment)
-    assert tuple(found) == naive_runs(expression, zone)
+    assert tuple(found) == walk(expression, zone)
 
 
 @given(
@@ -138,7 +90,7 @@ def test_the_last_run_of_a_span_is_the_latest_that_a_walk_finds_in_it(
 ) -> None:
     moment = until.replace(tzinfo=UTC)
     since = moment - timedelta(seconds=seconds)
-    expected = [run for run in naive_runs(expression, zone) if since < run <= moment]
+    expected = [run for run in walk(expression, zone) if since < run <= moment]
     schedule = parse_schedule(expression, zone, "restart.schedule")
     assert last_run(schedule, since, moment) == (expected[-1] if expected else None)
 

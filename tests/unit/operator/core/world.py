@@ -52,8 +52,7 @@ from vram_operator.core.snapshot import (
     Settings,
     Snapshot,
     Workload,
-    extend_history,
-    sample_of,
+    hear,
 )
 
 from tests.support.factories import (
@@ -181,10 +180,7 @@ class World:
                 config_generation=fake.generation,
             )
             known = self.agents.get(pod.uid, Agent(pod_uid=pod.uid))
-            history = extend_history(known.history, sample_of(report, self.now), 600)
-            self.agents[pod.uid] = replace(
-                known, report=report, received_at=self.now, history=history
-            )
+            self.agents[pod.uid] = hear(known, report, self.now, 600)
 
     def pass_time(self, seconds: float) -> None:
         """Let time pass in small steps, with a poll after each."""

@@ -10,6 +10,7 @@ from vram_operator.cache import Cache
 from vram_operator.facts import Facts
 from vram_operator.gauges import Gauges
 from vram_operator.kube import PODS, WORKLOADS
+from vram_operator.metrics import Metrics
 
 from tests.support.clocks import StoppedClock
 from tests.support.factories import GIB, NOW, ago, make_pod, make_report, rfc3339
@@ -81,3 +82,72 @@ def test_agents_are_counted_as_the_condition_agents_reporting_counts_them(cache:
 
 def test_a_standby_shows_nothing(cache: Cache) -> None:
     assert list(Gauges(cache, Facts(), StoppedClock(), 10.0).workloads()) == []
+
+
+def growing(facts: Facts, name: str, gib_an_hour: float) -> None:
+    """Reports of an hour, up to 2 GiB now."""
+    for number in range(12, -1, -1):
+        report = make_report(make_pod(name), 2 - gib_an_hour * number / 12, ago(300 * number))
+        facts.record_report(f"uid-{name}", report, ago(300 * number), 600)
+
+
+def test_a_degraded_workload_is_counted(cache: Cache) -> None:
+    degraded = {"type": "Degraded", "status": "True"}
+    workload = {"name": "other", "namespace": "lab", "uid": "o", "resourceVersion": "1"}
+    status = {"conditions": [degraded, {"type": "Ready", "status": "False"}]}
+    cache.observe(WORKLOADS, {"metadata": workload, "spec": {}, "status": status})
+    metrics, gauges = Metrics(), Gauges(cache, Facts(), StoppedClock(), 10.0)
+    gauges.is_active = lambda: True
+    metrics.state.workloads = gauges.workloads
+    lines = metrics.exposition().decode().splitlines()
+    assert "vram_operator_workloads_degraded 1.0" in lines
+    assert 'vram_operator_workloads{ready="False"} 1.0' in lines
+
+
+def exposed(cache: Cache, facts: Facts) -> dict[str, float]:
+    """What a scrape shows of where residuals lead, by the rest of the metric's name."""
+    metrics = Metrics()
+    gauges = Gauges(cache, facts, StoppedClock(), 10.0)
+    gauges.is_active = lambda: True
+    metrics.state.workloads = gauges.workloads
+    prefix = "vram_operator_workload_residual_"
+    labels = '{namespace="lab",workload="speech"} '
+    lines = [line for line in metrics.exposition().decode().splitlines() if line.startswith(prefix)]
+    found = (line.removeprefix(prefix).split(labels) for line in lines)
+    return {name: float(value) for name, value in found if name != "bytes"}
+
+
+def test_slope_and_moments_are_those_of_the_pods_that_come_first(cache: Cache) -> None:
+    cache.observe(PODS, raw_pod("slow"))
+    cache.observe(PODS, raw_pod("fast"))
+    policy = {"restart": {"residual": {"threshold": "8Gi"}}}
+    workload = {"name": "speech", "namespace": "lab", "uid": "w", "resourceVersion": "2"}
+    cache.observe(WORKLOADS, {"metadata": workload, "spec": policy})
+    facts = Facts()
+    growing(facts, "slow", 0.5)
+    growing(facts, "fast", 1.0)
+    now = NOW.timestamp()
+    expected = {
+        "slope_bytes_per_second": GIB / 3600,
+        "threshold_timestamp_seconds": now + 6 * 3600,
+        "out_of_memory_timestamp_seconds": now + 78 * 3600,
+    }
+    assert exposed(cache, facts) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_level_residual_has_a_slope_and_leads_nowhere(cache: Cache) -> None:
+    cache.observe(PODS, raw_pod("well"))
+    facts = Facts()
+    growing(facts, "well", 0.0)
+    assert exposed(cache, facts) == {"slope_bytes_per_second": 0.0}
+
+
+def test_what_is_not_known_is_not_shown(cache: Cache) -> None:
+    cache.observe(PODS, raw_pod("well"))
+    facts = Facts()
+    facts.record_report("uid-well", make_report(make_pod("well"), 2.0), NOW, 600)
+    assert exposed(cache, facts) == {}
+    growing(facts, "lost", 1.0)
+    cache.observe(PODS, raw_pod("lost"))
+    facts.record_report("uid-lost", make_report(make_pod("lost"), 2.0), ago(91), 600)
+    assert exposed(cache, facts) == {}

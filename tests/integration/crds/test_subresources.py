@@ -48,7 +48,17 @@ FULL_STATUS = types.WorkloadStatus(
     replicas=2,
     ready_replicas=1,
     agents=types.AgentCounts(expected=2, reporting=1),
-    vram=types.VramFigures(used="12Gi", residual="512Mi", models="11Gi"),
+    vram=types.VramFigures(
+        used="12Gi",
+        residual="512Mi",
+        models="11Gi",
+        trend=types.ResidualTrend(
+            pod="speech-6c9f7d5b8-abcde",
+            growth_per_hour="96Mi",
+            threshold_time=NOON,
+            out_of_memory_time=NOON,
+        ),
+    ),
     models=[types.ModelStatus(name="whisper", offloaded=1)],
     models_summary="0/1",
     next_restart_time=NOON,

@@ -90,16 +90,21 @@ def weigh_forecast(evidence: Evidence, agent: Agent, outlook: Outlook) -> Eviden
     opening = find_opening(outlook.windows, outlook.now)
     if opening is None or not _is_last_chance(opening, passes_at, outlook):  # 3, 4, 5, 6
         return evidence
-    later = "never" if opening.next_at is None else f"at {show_time(opening.next_at)}"
+    window = (
+        f"the open window closes {_say(opening.closes_at)}, the next opens {_say(opening.next_at)}"
+    )
     message = (
         f"residual {show_bytes(sample.residual_bytes)} grows by "
         f"{show_bytes(round(forecast.bytes_per_second * 3600))} an hour: predicted to pass "
-        f"{show_bytes(outlook.threshold_bytes)} at {show_time(passes_at)}, when the window that is "
-        f"open now has closed, and the next one opens {later} "
+        f"{show_bytes(outlook.threshold_bytes)} at {show_time(passes_at)}; {window} "
         f"({trend.points} samples over {show_span(trend.until - trend.since)}, "
         f"source {sample.source})"
     )
     return replace(evidence, reason=EvidenceReason.PREDICTED, message=message)
+
+
+def _say(moment: datetime | None) -> str:
+    return "never" if moment is None else f"at {show_time(moment)}"
 
 
 def _could_help(evidence: Evidence, outlook: Outlook) -> bool:

@@ -78,8 +78,8 @@ def test_a_leak_that_passes_while_no_window_is_open_is_restarted_in_this_one() -
     planned = plan(leaking(), NOW)
     (reason,) = reasons(planned)
     assert reason == (
-        "residual 6Gi grows by 512Mi an hour: predicted to pass 8Gi at 2026-11-23T16:00:00Z, when "
-        "the window that is open now has closed, and the next one opens at 2026-11-24T10:00:00Z "
+        "residual 6Gi grows by 512Mi an hour: predicted to pass 8Gi at 2026-11-23T16:00:00Z; the "
+        "open window closes at 2026-11-23T14:00:00Z, the next opens at 2026-11-24T10:00:00Z "
         "(25 samples over 4 h, source Exclusive)"
     )
     (manifest,) = [one.manifest for one in planned.actions if isinstance(one, CreateRestart)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -71,7 +72,9 @@ class Operator:
     def kill(self) -> None:
         """As when the node dies: at once and without a word."""
         if self.is_alive and self._process is not None:
-            os.kill(self._process.pid, signal.SIGKILL)
+            # A fault may have ended it since.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def wait(self, timeout_seconds: float = 15.0) -> int:
         assert self._process is not None

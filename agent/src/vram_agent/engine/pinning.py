@@ -8,15 +8,16 @@ Called by engine/cuda.py in the GPU process. It knows neither torch nor CUDA: a 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 from collections import deque
 from typing import Protocol
 
 from vram_agent.devices.base import MIB
+from vram_agent.pages import align
 
 CHUNK_BYTES = 64 << 20
 """What is locked, and copied, at a time: a multiple of every page size."""
-_PAGE_BYTES = 4096
 
 
 class Registrar(Protocol):
@@ -70,7 +71,7 @@ class PinnedPages:
             known = {self._current, *self._wanted}
             for start in range(0, nbytes, CHUNK_BYTES):
                 length = min(CHUNK_BYTES, nbytes - start)
-                chunk = (address + start, -(-length // _PAGE_BYTES) * _PAGE_BYTES)
+                chunk = (address + start, align(length, mmap.PAGESIZE))
                 if chunk[0] not in self._pinned and chunk not in known:
                     self._wanted.append(chunk)
             if self._wanted and not self._is_running and not self._refusal:

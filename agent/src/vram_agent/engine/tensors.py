@@ -164,9 +164,7 @@ def storage_key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - torch has no public identity of it
 
 
-def group_tensors(
-    tensors: Iterable[Found], rules: TensorRules, default: TensorRule = TensorRule.MOVE
-) -> Tensors:
+def group_tensors(tensors: Iterable[Found], rules: TensorRules) -> Tensors:
     """Group tensors by storage; those of one storage share one fate.
 
     1. One of them cannot move, or is to be left: all are left.
@@ -179,7 +177,7 @@ def group_tensors(
     fixed: dict[int, str] = {}
     for one in tensors:
         tensor: torch.Tensor = one.value
-        rule = rules.find(one.path) or default
+        rule = rules.find(one.path) or TensorRule.MOVE
         reason = explain_unmovable(tensor)
         if not reason and rule is TensorRule.LEAVE:
             reason = WANTED

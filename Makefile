@@ -7,7 +7,7 @@ BIN := .venv/bin
 LEVEL ?= node
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo demo-down test check lint unit integration e2e cluster-up cluster-down generate bench lock clean
+.PHONY: help setup demo demo-down test check lint unit integration e2e cluster-up cluster-images cluster-down generate bench docs lock clean
 
 help: ## say what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,8 +29,9 @@ check: setup lint unit ## format, lint, types, architecture, generated files, un
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy agent/src operator/src tests demo bench
+	$(BIN)/mypy agent/src operator/src tests demo bench handbook
 	$(BIN)/lint-imports --no-logo
+	$(MAKE) --no-print-directory docs
 
 unit: setup
 	$(PYTEST) tests/unit
@@ -55,12 +56,19 @@ test: check programs images ## all that CI runs
 cluster-up: setup ## a local Kubernetes; writes .cluster/kubeconfig (LEVEL=control-plane|node)
 	@$(BIN)/python -m tests.cluster up --level $(LEVEL) --dir .cluster
 
+cluster-images: programs ## the project's images in that Kubernetes; writes .cluster/values.yaml and .cluster/bin
+	@$(BIN)/python -m tests.support.project_images --load .cluster
+
 cluster-down: setup ## take the local Kubernetes away
 	@$(BIN)/python -m tests.cluster down --dir .cluster
 
 generate: setup ## write the CRDs, the reference of the runtimes, what is made from the code
 	$(BIN)/python -m vram_operator.crds
 	$(BIN)/python -m vram_agent.runtimes.reference
+	$(BIN)/python -m handbook
+
+docs: setup ## the documentation site, in site/; a link that leads nowhere is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: setup ## measure; writes bench/results/
 	$(BIN)/python -m bench

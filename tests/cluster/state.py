@@ -28,6 +28,8 @@ OWN_ENTRIES = (
     "etcd",
     "apiserver",
     "node",
+    "bin",
+    "values.yaml",
 )
 
 

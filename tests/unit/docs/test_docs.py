@@ -22,6 +22,8 @@ from vram_operator.core import resources, triggers
 from vram_operator.settings import FLAGS, Settings, from_texts
 from vram_operator.signing import SECRET_NAME
 
+from handbook.__main__ import PAGES as PAGES_MADE
+
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
 CONFIGURATION = (DOCS / "configuration.md").read_text(encoding="utf-8")
@@ -36,6 +38,7 @@ PAGES = sorted(
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         ROOT / "CHANGELOG.md",
+        ROOT / "SECURITY.md",
     }
 )
 ALERTS = {
@@ -85,11 +88,19 @@ def test_a_page_names_no_folder_of_the_machine_it_was_written_on(page: Path) -> 
     assert str(ROOT) not in page.read_text(encoding="utf-8")
 
 
+# --- generated pages ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PAGES_MADE, ids=str)
+def test_a_generated_page_is_what_the_code_says_now(path: Path) -> None:
+    assert (ROOT / path).read_text(encoding="utf-8") == PAGES_MADE[path](), "run `make generate`"
+
+
 # --- alerts ---------------------------------------------------------------------------------------
 
 
 def test_every_alert_has_its_runbook_and_every_runbook_its_alert() -> None:
-    assert {page.stem for page in (DOCS / "runbooks").glob("*.md")} == set(ALERTS)
+    assert {page.stem for page in (DOCS / "runbooks").glob("Vram*.md")} == set(ALERTS)
 
 
 @pytest.mark.parametrize("name", ALERTS)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from tests import cluster, models
-from tests.cluster import build
+from tests.cluster import prerequisites
+from tests.e2e.quickstart import Walk, section
 from tests.e2e.system import System
 from tests.e2e.workloads import LEAKY, workload
-from tests.support.project_images import chart_values, project_image
 
 ROOT = Path(__file__).parents[2]
-OPERATOR_NAMESPACE = "vram-system"
 NAMESPACE = "models"
 
 
@@ -39,39 +38,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]:
-    """A real node of this session's own; skipped with its reason where none can run."""
+def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
+    """The quick start, followed up to its cluster; skipped with its reason where none can run."""
+    following = Walk(tmp_path_factory.mktemp("quickstart") / "vram-operator")
     try:
-        running = cluster.up("node", tmp_path_factory.mktemp("node"))
+        prerequisites.require_node(following.cluster)
     except cluster.ClusterUnavailable as error:
         if os.environ.get("CI") == "true":
             pytest.fail(str(error))
         pytest.skip(str(error))
-    with running:
-        yield running
+    following.copy_checkout()
+    try:
+        following.follow(section(1))
+        yield following
+        following.follow(section(7)[1:])
+    finally:
+        cluster.down(following.cluster)
 
 
 @pytest.fixture(scope="session")
-def system(node: cluster.Cluster) -> System:
-    """The chart installed by helm, and a namespace with restricted pod security and the models."""
-    operator, agent = project_image("operator"), project_image("agent")
-    for image in (operator, agent):
-        node.load_image(image.archive)
-    done = subprocess.run(
-        [
-            str(build.helm()),
-            f"--kubeconfig={node.kubeconfig}",
-            *("install", "vram-operator", str(ROOT / "charts/vram-operator")),
-            *("--namespace", OPERATOR_NAMESPACE, "--create-namespace"),
-            *("--wait", "--timeout", "180s"),
-            *(f"--set={key}={value}" for key, value in chart_values(operator, agent).items()),
-            "--set=extraArgs={--poll-interval=2,--schedule-jitter=0}",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def node(walk: Walk) -> cluster.Cluster:
+    """A real node of this session's own, with the project's images."""
+    found = cluster.find(walk.cluster)
+    assert found is not None, f"no cluster runs in {walk.cluster}"
+    return found
+
+
+@pytest.fixture(scope="session")
+def system(walk: Walk, node: cluster.Cluster) -> System:
+    """The chart as the quick start installs it, and a restricted namespace with the models.
+
+    Two flags more than the page has: tests do not wait for a report every ten seconds.
+    """
+    (install,) = section(2)
+    flags = "--set=extraArgs={--poll-interval=2,--schedule-jitter=0}"
+    walk.follow([replace(install, text=f"{install.text} '{flags}'")])
     installed = System(node, NAMESPACE)
     installed.apply(
         {

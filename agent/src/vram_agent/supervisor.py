@@ -81,7 +81,7 @@ class Supervisor:
         self._actions = Actions(
             surroundings,
             self._drain,
-            Acting(cut=self._cut, recycle=self._recycle, leave=self._exit.set),
+            Acting(cut=self._requests.cut, recycle=self._recycle, leave=self._exit.set),
         )
         self._backend: Backend | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -113,13 +113,13 @@ class Supervisor:
         """Take no new requests and finish the accepted ones; return what the grace cut, if any."""
         self._drain.begin(STOP)
         self._pump()
-        return "" if await self._drain.wait(grace_seconds) else self._cut()
+        return "" if await self._drain.wait(grace_seconds) else self._requests.cut()
 
     async def close(self) -> None:
         """End every process and task. Idempotent."""
         self._drain.begin(STOP)
         self._is_frozen = self._is_closed = True
-        self._cut()
+        self._requests.cut()
         self._stop_timer()
         await self._actions.close()
         tasks = list(self._tasks)
@@ -174,7 +174,8 @@ class Supervisor:
     async def offload(self, model: str, tier: OffloadTier | None = None) -> ModelReport:
         """Take a model out of VRAM once no task runs on it.
 
-        Where another model of the group needs the GPU process, it stops at PinnedHost.
+        Where another model of the group needs the GPU process, it stops at PinnedHost, and goes
+        on to ``tier`` when that one needs it no more, unless it is used before.
         """
         cell = self._fleet.model(model)
         target = cell.spec.residency.offload_tier if tier is None else tier
@@ -268,6 +269,8 @@ class Supervisor:
                 command = cell.commands.popleft()
                 if command.kind is CommandKind.LOAD:
                     cell.keep_alive_seconds = _KEEP
+                elif command.kind is CommandKind.OFFLOAD:
+                    cell.called_tier = command.tier
                 elif command.kind is CommandKind.UNLOAD:
                     self._transitions.reset(cell, Reason.CALLED)
                 command.settle()
@@ -330,24 +333,6 @@ class Supervisor:
                 cell.commands.remove(command)
             self._pump()
         return model_report(cell)
-
-    def _cut(self) -> str:
-        """Answer whatever is still open; say what that was."""
-        cuts: list[str] = []
-        for cell in self._fleet.models.values():
-            queued = self._requests.refuse_all(
-                cell, DrainingError("the agent's time to drain is over", retry_after_seconds=1.0)
-            )
-            words = [f"{queued} queued"] if queued else []
-            if cell.running is not None:
-                words.insert(0, f"1 {cell.running.task.kind.value} running")
-            if words:
-                cuts.append(f"{cell.name}: {', '.join(words)}")
-        self._requests.cut_running(
-            self._fleet.models.values(),
-            WorkerDiedError("the task outlasted the agent's time to drain"),
-        )
-        return "; ".join(cuts)
 
     async def _recycle(self) -> None:
         self._is_frozen = True

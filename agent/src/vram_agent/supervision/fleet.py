@@ -111,6 +111,8 @@ class ModelCell:
     """Lowest for a model that never was: it has its turn first."""
     last_run: int = 0
     keep_alive_seconds: float | None = None
+    called_tier: OffloadTier | None = None
+    """Where a caller wanted it since it was last in VRAM."""
     last_transition: Transition | None = None
     task_seconds: float | None = None
     """Running mean of the tasks' durations; None before the first."""

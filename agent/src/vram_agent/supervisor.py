@@ -162,9 +162,11 @@ class Supervisor:
         self._pump()
         try:
             return await waiting.answer
-        finally:
+        except BaseException:
+            # It left its place without a task: nothing else says so to the policy.
             self._requests.give_up(cell, waiting)
             self._pump()
+            raise
 
     async def load(self, model: str) -> ModelReport:
         """Bring a model into VRAM without a task; it then stays as after keep-alive -1."""
@@ -256,6 +258,10 @@ class Supervisor:
                 self._wake_at(decision.requeue_at, now)
                 return
             self._take(decision.step)
+            if decision.step.kind is StepKind.RUN and not self._fleet.has_startable():
+                # The last thing that is decided, and a task that begins frees nothing.
+                self._wake_at(decision.requeue_at, now)
+                return
         raise RuntimeError("the policy does not come to rest")
 
     def _take(self, step: Step) -> None:

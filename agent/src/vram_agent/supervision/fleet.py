@@ -233,6 +233,10 @@ class Fleet:
         """Whether an accepted request is without its answer."""
         return any(cell.queue or cell.running for cell in self.models.values())
 
+    def has_startable(self) -> bool:
+        """Whether a request waits for a model of a group that does nothing."""
+        return any(cell.queue and not cell.group.is_busy for cell in self.models.values())
+
     def is_idle(self) -> bool:
         """Whether nothing waits, runs or moves."""
         return (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Final
 
@@ -22,7 +23,6 @@ from vram_agent.core.policy import decide
 from vram_agent.core.pool import CommandKind, Reason, Step, StepKind
 from vram_agent.errors import (
     AgentError,
-    DrainingError,
     ModelFailedError,
     NotResidentError,
     WorkerDiedError,
@@ -58,7 +58,6 @@ from vram_agent.supervision.upkeep import Scrubs, end_gpu_processes, sum_scrubs
 
 _MAX_STEPS: Final = 10_000
 """More steps than this after one event would be a policy that never rests."""
-_RETRY_WHILE_DRAINING_SECONDS: Final = 5.0
 _KEEP: Final = -1.0
 _log = structlog.get_logger("vram_agent.supervisor")
 
@@ -113,7 +112,10 @@ class Supervisor:
         """Take no new requests and finish the accepted ones; return what the grace cut, if any."""
         self._drain.begin(STOP)
         self._pump()
-        return "" if await self._drain.wait(grace_seconds) else self._requests.cut()
+        if await self._drain.wait_empty(grace_seconds):
+            return ""
+        cut = self._requests.cut()
+        return cut or f"{self._drain.admitted} still received or answered"
 
     async def close(self) -> None:
         """End every process and task. Idempotent."""
@@ -149,12 +151,22 @@ class Supervisor:
         """Whether new requests are taken."""
         return not self._drain.is_on and not self._is_closed
 
+    def admit(self) -> AbstractContextManager[None]:
+        """Hold a request's place from its head to its answer. Raises DrainingError, at once."""
+        return self._drain.admit()
+
     async def submit(
-        self, model: str, task: Task, *, keep_alive_seconds: float | None = None
+        self,
+        model: str,
+        task: Task,
+        *,
+        keep_alive_seconds: float | None = None,
+        is_admitted: bool = False,
     ) -> TaskResult:
         """Queue the task, bring the model into VRAM, run it and return its result."""
         cell = self._fleet.model(model)
-        self._ensure_not_draining()
+        if not is_admitted or self._drain.is_over:
+            self._drain.ensure_off()
         pause = self._transitions.retry_after_seconds(cell)
         if cell.residence.state is ModelState.FAILED and pause > 0:
             raise ModelFailedError(cell.error or "the model failed", retry_after_seconds=pause)
@@ -170,7 +182,7 @@ class Supervisor:
 
     async def load(self, model: str) -> ModelReport:
         """Bring a model into VRAM without a task; it then stays as after keep-alive -1."""
-        self._ensure_not_draining()
+        self._drain.ensure_off()
         return await self._command(model, CommandKind.LOAD, OffloadTier.PINNED_HOST)
 
     async def offload(self, model: str, tier: OffloadTier | None = None) -> ModelReport:
@@ -354,13 +366,6 @@ class Supervisor:
     async def _then_pump(self, work: Coroutine[Any, Any, None]) -> None:
         await work
         self._pump()
-
-    def _ensure_not_draining(self) -> None:
-        if self._drain.is_on or self._is_closed:
-            raise DrainingError(
-                "the agent takes no new requests; ask another replica, or later",
-                retry_after_seconds=_RETRY_WHILE_DRAINING_SECONDS,
-            )
 
     def _open(self, group: GroupCell) -> GroupBackend:
         if group.backend is None:

@@ -136,7 +136,7 @@ async def model_ready(request: web.Request) -> web.Response:
 
 async def infer(request: web.Request) -> web.StreamResponse:
     """``POST /v2/models/{m}/infer``."""
-    with request.app[PLACES].take():
+    with request.app[SERVER].admit(), request.app[PLACES].take():
         return await _send(request, await _infer(request))
 
 
@@ -151,7 +151,9 @@ async def _infer(request: web.Request) -> InferAnswer:
     ensure_known_outputs(
         question, [spec.name for spec in view.loaded.outputs] if view.loaded else []
     )
-    result = await request.app[SERVER].submit(view.spec.name, task, keep_alive_seconds=keep_alive)
+    result = await request.app[SERVER].submit(
+        view.spec.name, task, keep_alive_seconds=keep_alive, is_admitted=True
+    )
     size = sum(memoryview(tensor.data).nbytes for tensor in result.tensors)
     return await _convert(request, size, render_infer, view.spec.name, question, result)
 

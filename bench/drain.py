@@ -93,13 +93,14 @@ class Crowd:
             is_later = self._signalled.is_set()
             try:
                 if connection.is_closing:
+                    await connection.close()
                     connection = await Connection.open(self._served.serving)
                 word = _describe(await connection.ask(request), connection)
             except (ConnectionError, asyncio.IncompleteReadError) as error:
                 word = f"lost: {type(error).__name__}"
             self._count(word, is_later=is_later)
             if word != "200":
-                connection.close()
+                await connection.close()
                 return
 
     async def _be_in_the_middle_of_sending(self) -> None:
@@ -123,7 +124,7 @@ class Crowd:
         except (ConnectionError, asyncio.IncompleteReadError) as error:
             word = f"lost: {type(error).__name__}"
         self._count(word, is_later=False)
-        connection.close()
+        await connection.close()
 
     def _count(self, word: str, *, is_later: bool) -> None:
         (self._drained.later if is_later else self._drained.accepted)[word] += 1
@@ -163,7 +164,7 @@ def drain(folder: Path) -> Drained:
 async def _warm_up(served: Served, model: Model) -> None:
     connection = await Connection.open(served.serving)
     status, body = await connection.ask(model.as_json())
-    connection.close()
+    await connection.close()
     if status != 200:
         raise RuntimeError(f"status {status}: {body!r}")
 

@@ -63,7 +63,7 @@ async def load(
             found += measure(served, point * share * clients)
     finally:
         for connection in connections:
-            connection.close()
+            await connection.close()
     return found
 
 

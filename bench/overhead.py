@@ -205,7 +205,7 @@ async def _measure(models: list[Model], served: Served) -> Samples:
         for crowd in CROWDS:
             await _take_crowd(samples, models[0], served, crowd)
     finally:
-        connection.close()
+        await connection.close()
         await group.close()
         await supervisor.close()
     return samples
@@ -291,7 +291,7 @@ async def _take_crowd(samples: Samples, model: Model, served: Served, crowd: int
                 found.append(seconds)
     finally:
         for connection in connections:
-            connection.close()
+            await connection.close()
 
 
 def _describe(record: Record, samples: Samples, model: Model) -> None:

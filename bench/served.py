@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,9 +131,11 @@ class Connection:
         self._writer.write(part)
         await self._writer.drain()
 
-    def close(self) -> None:
-        """Close it."""
+    async def close(self) -> None:
+        """Close it. Idempotent."""
         self._writer.close()
+        with suppress(ConnectionError):
+            await self._writer.wait_closed()
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:

@@ -15,10 +15,10 @@ from bench.overhead import as_served, make_tiny
 from bench.served import serve
 from tests.integration.agent.conftest import DIGITS_MODEL, Agent, StartAgent
 
-REQUESTS = 3_200
+REQUESTS = 1_920
 POINTS = 10
 GROWTH_BYTES = 1 << 20
-"""Half of what a KiB that is kept of each request would take between the thirds compared."""
+"""As much as a KiB kept of each request would take between the thirds that are compared."""
 TASK_SECONDS = 1.5
 HERE = str(Path(__file__).parent)
 

@@ -47,11 +47,11 @@ from bench.record import Record, Row, write
 from bench.served import Connection, Served, cpu_seconds, make_post, serve
 from tests.models import DIGITS, digit_clips, read_samples
 
-ROUNDS = 10
+ROUNDS = 6
 CALLS = 50
 """Of each layer in a round; a sample is their median."""
 CROWDS = (16, 128)
-CROWD_ROUNDS = 5
+CROWD_ROUNDS = 2
 CROWD_CALLS = 512
 """Of all clients together in a round; a sample is the round's time by them."""
 WANTED_SECONDS = 0.001

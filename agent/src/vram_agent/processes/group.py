@@ -82,7 +82,7 @@ class ProcessGroup:
         self._group = group
         self._device = device
         self._transitions = Serial()
-        self._run_lock = asyncio.Lock()
+        self._runs = Serial()
         self._specs: dict[str, ModelSpec] = {}
         self._loaded: dict[str, LoadedModel] = {}
         self._resident: dict[str, int] = {}
@@ -154,12 +154,8 @@ class ProcessGroup:
         await self._transitions.run(self._close)
 
     async def run(self, name: str, task: Task) -> TaskResult:
-        """Run a task; tasks of the group run one after the other.
-
-        The process runs what it was sent to the end, whether or not anyone waits for it.
-        """
-        async with self._run_lock:
-            return await self._run(name, task)
+        """Run a task; tasks of the group run one after the other."""
+        return await self._runs.run(lambda: self._run(name, task))
 
     # --- the transitions, one at a time --------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Run every benchmark that this machine can, or those that are named.
 
-python -m bench [agent] [engine] [soak] [--device cpu|cuda] [--sizes 1,8,40] [--cycles N]
+python -m bench [agent] [engine] [overhead] [flat] [drain] [soak] [--device cpu|cuda]
+    [--sizes 1,8,40] [--cycles N] [--requests N] [--runs N]
 """
 
 from __future__ import annotations
@@ -12,8 +13,16 @@ import importlib.util
 from vram_agent.devices.cuda import CudaDevice, NoCudaDeviceError
 from vram_agent.protocol import DevicePreference
 
-NAMES = ("agent", "engine", "soak")
-AGENT_NEEDS = ("requests", "aiohttp", "torch", "whisper")
+NAMES = ("agent", "engine", "overhead", "flat", "drain", "soak")
+NEEDS = {
+    "agent": ("requests", "aiohttp", "torch", "whisper", "psutil"),
+    "overhead": ("aiohttp", "onnx", "onnxruntime", "numpy", "psutil"),
+    "flat": ("aiohttp", "onnx", "onnxruntime", "numpy", "psutil"),
+    "drain": ("aiohttp", "onnx", "onnxruntime", "numpy", "psutil"),
+}
+WHOLE = tuple(NEEDS)
+"""Benchmarks of the whole agent, on the CPU device."""
+COUNTED = {"flat": "requests", "drain": "runs"}
 
 
 def find_devices(wanted: str) -> list[DevicePreference]:
@@ -30,13 +39,19 @@ def find_devices(wanted: str) -> list[DevicePreference]:
 
 def run(name: str, options: argparse.Namespace) -> None:
     """Run one benchmark, or say what it lacks."""
-    needs = AGENT_NEEDS if name == "agent" else ("torch",)
-    missing = [library for library in needs if importlib.util.find_spec(library) is None]
+    missing = [
+        library
+        for library in NEEDS.get(name, ("torch",))
+        if importlib.util.find_spec(library) is None
+    ]
     if missing:
         print(f"skipped: {name}, not installed: {', '.join(missing)}")
         return
     benchmark = importlib.import_module(f"bench.{name}")
-    if name == "agent":
+    if name in COUNTED:
+        benchmark.main(getattr(options, COUNTED[name]))
+        return
+    if name in WHOLE:
         benchmark.main()
         return
     for device in find_devices(options.device):
@@ -53,6 +68,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="", help="default: both")
     parser.add_argument("--sizes", default="", help="GiB, such as 1,8,40; default: what fits")
     parser.add_argument("--cycles", type=int, default=2000, help="of the soak")
+    parser.add_argument("--requests", type=int, default=100_000, help="of flat")
+    parser.add_argument("--runs", type=int, default=20, help="of drain")
     options = parser.parse_args()
     for name in options.names or NAMES:
         if name not in NAMES:

@@ -6,59 +6,27 @@ its libraries at start. The way back is measured beside a fresh agent's first an
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import requests
 
 from bench.record import Record, Row, write
+from bench.served import LIMIT_SECONDS, serve
 from tests import models
 
 SAMPLES = 5
-LIMIT_SECONDS = 120.0
 
 
-@contextmanager
-def agent(folder: Path) -> Iterator[tuple[str, str, float]]:
-    """A fresh ``vram-agent``; yields both addresses and the seconds from exec to ready."""
-    config = {
-        "apiVersion": "vram.dev/v1alpha1",
-        "kind": "AgentConfig",
-        "device": "CPU",
-        "listen": {"serving": "127.0.0.1:0", "control": "127.0.0.1:0"},
-        "control": {"allowUnsigned": True},
-        "models": [
-            {
-                "name": "whisper",
-                "runtime": "Whisper",
-                "source": str(models.WHISPER),
-                "residency": {"offloadTier": "PinnedHost"},
-            }
-        ],
-    }
-    path = folder / "config.json"
-    path.write_text(json.dumps(config))
-    environment = {**os.environ, "VRAM_AGENT_STATE_DIR": str(folder)}
-    command = [sys.executable, "-m", "vram_agent", "serve", "--config", str(path)]
-    began = time.monotonic()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
-    ) as process:
-        assert process.stdout is not None
-        ready = json.loads(process.stdout.readline())
-        seconds = time.monotonic() - began
-        try:
-            yield f"http://{ready['serving']}", f"http://{ready['control']}", seconds
-        finally:
-            process.terminate()
-            process.communicate(timeout=LIMIT_SECONDS)
+MODEL = {
+    "name": "whisper",
+    "runtime": "Whisper",
+    "source": str(models.WHISPER),
+    "residency": {"offloadTier": "PinnedHost"},
+}
 
 
 def transcribe(url: str) -> float:
@@ -96,8 +64,9 @@ def main() -> None:
             began = time.monotonic()
             subprocess.run([sys.executable, "-c", "import torch, whisper"], check=True)
             imports.append(time.monotonic() - began)
-            with agent(Path(folder)) as (serving, control, seconds):
-                ready.append(seconds)
+            with serve(Path(folder), [MODEL]) as served:
+                serving, control = f"http://{served.serving}", f"http://{served.control}"
+                ready.append(served.ready_seconds)
                 first.append(transcribe(serving))
                 weight = weight_bytes(control)
                 pinned.append(transcribe(serving))

@@ -98,17 +98,7 @@ def _add_moves(
         },
     }
     for benchmark, others in references.items():
-        record.rows += [
-            Row(
-                benchmark=benchmark,
-                variant="vram-agent",
-                size_bytes=found["weightBytes"],
-                samples=samples[benchmark],
-                reference=words,
-                reference_samples=samples[name],
-            )
-            for name, words in others.items()
-        ]
+        record.rows += _compare(found, (benchmark, "vram-agent"), benchmark, others)
     size = format_bytes(found["weightBytes"])
     record.claim_at_least(
         f"an offload of {size} is so many times faster than a real copy",
@@ -142,21 +132,35 @@ def _add_loading(
         samples=PROCESS_SAMPLES,
         threads=count_threads(os.environ),
     )
-    samples: Samples = found["samples"]
-    for name in ("torch.load", "safetensors"):
-        if name not in samples:
+    loaders = ("torch.load", "safetensors")
+    here = {name: f"{name} onto the device" for name in loaders if name in found["samples"]}
+    title = ("first load", "vram-agent, arena and device")
+    record.rows += _compare(found, title, "vram-agent", here)
+    for name in loaders:
+        if name not in here:
             record.skip(f"first load beside {name}", f"{name} is not installed")
-            continue
-        record.rows.append(
-            Row(
-                benchmark="first load",
-                variant="vram-agent, arena and device",
-                size_bytes=found["weightBytes"],
-                samples=samples["vram-agent"],
-                reference=f"{name} onto the device",
-                reference_samples=samples[name],
-            )
+
+
+def _compare(
+    found: dict[str, Any], title: tuple[str, str], own: str, others: dict[str, str]
+) -> list[Row]:
+    """Return a row for each other: the samples named ``own`` beside its own.
+
+    ``title``: benchmark and variant; ``others``: what each is in words, by the name of its samples.
+    """
+    samples: Samples = found["samples"]
+    benchmark, variant = title
+    return [
+        Row(
+            benchmark=benchmark,
+            variant=variant,
+            size_bytes=found["weightBytes"],
+            samples=samples[own],
+            reference=words,
+            reference_samples=samples[name],
         )
+        for name, words in others.items()
+    ]
 
 
 def _add_tiers(

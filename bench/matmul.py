@@ -10,18 +10,18 @@ ROWS = 1024
 BATCHES = (1, 512, 32)
 
 
-def write_matmul(path: Path, size_bytes: int) -> None:
+def write_matmul(path: Path, size_bytes: int, rows: int = ROWS) -> None:
     """Write ``output = input @ weight`` with a weight of ``size_bytes``, all ones."""
     import onnx  # noqa: PLC0415 - may be missing
     from onnx import TensorProto, helper, numpy_helper  # noqa: PLC0415 - may be missing
 
-    columns = size_bytes // (ROWS * 4)
+    columns = size_bytes // (rows * 4)
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["input", "weight"], ["output"])],
         "matmul",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", ROWS])],
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", rows])],
         [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", columns])],
-        [numpy_helper.from_array(np.ones((ROWS, columns), np.float32), "weight")],
+        [numpy_helper.from_array(np.ones((rows, columns), np.float32), "weight")],
     )
     opset = helper.make_opsetid("", 18)
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=9), path)

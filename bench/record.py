@@ -113,7 +113,7 @@ def write(name: str, record: Record) -> Path:
         document["claims"] = [
             {
                 "claim": claim.text,
-                "measured": round(claim.measured, 4),
+                "measured": round(claim.measured, 6),
                 "limit": round(claim.limit, 4),
                 "holds": claim.holds,
             }
@@ -136,8 +136,8 @@ def _print(record: Record) -> None:
     for row in record.rows:
         print(
             f"{row.benchmark:<14} {format_bytes(row.size_bytes):>8} {row.variant:<32} "
-            f"{row.seconds:>8.3f} {row.reference:<44} "
-            f"{statistics.median(row.reference_samples):>8.3f} {row.ratio:>7.2f}"
+            f"{row.seconds:>8.5f} {row.reference:<44} "
+            f"{statistics.median(row.reference_samples):>8.5f} {row.ratio:>7.3f}"
         )
     for held in record.memory:
         print(
@@ -163,12 +163,12 @@ def _as_json(row: Row) -> dict[str, Any]:
         "benchmark": row.benchmark,
         "variant": row.variant,
         "sizeBytes": row.size_bytes,
-        "seconds": round(row.seconds, 4),
+        "seconds": round(row.seconds, 6),
         "reference": row.reference,
-        "referenceSeconds": round(statistics.median(row.reference_samples), 4),
-        "ratio": round(row.ratio, 2),
-        "samples": [round(sample, 4) for sample in row.samples],
-        "referenceSamples": [round(sample, 4) for sample in row.reference_samples],
+        "referenceSeconds": round(statistics.median(row.reference_samples), 6),
+        "ratio": round(row.ratio, 3),
+        "samples": [round(sample, 6) for sample in row.samples],
+        "referenceSamples": [round(sample, 6) for sample in row.reference_samples],
     }
 
 

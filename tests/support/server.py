@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from vram_agent.backend import LoadedModel, Task, TaskKind, TaskResult, Tensor, TensorSpec
@@ -206,9 +207,18 @@ class FakeModelServer:
     def is_ready(self) -> bool:
         return self.ready
 
+    def admit(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     async def submit(
-        self, model: str, task: Task, *, keep_alive_seconds: float | None = None
+        self,
+        model: str,
+        task: Task,
+        *,
+        keep_alive_seconds: float | None = None,
+        is_admitted: bool = False,
     ) -> TaskResult:
+        assert is_admitted  # a drain that began while a body came in refuses nothing
         self.submissions.append(Submission(model, copied(task), keep_alive_seconds))
         self.submitted.set()
         try:

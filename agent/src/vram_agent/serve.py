@@ -39,6 +39,9 @@ from vram_agent.supervision.sizes import FileSizes
 from vram_agent.supervisor import Supervisor
 
 _MAX_OPEN_FILES = 65_536
+_ROUTED_SECONDS = 1.0
+"""How long requests may still be routed to a pod that was told to end: Kubernetes sends SIGTERM and
+takes the pod out of its Services at the same time."""
 _log = structlog.get_logger("vram_agent.serve")
 
 
@@ -104,9 +107,15 @@ async def serve(config: AgentConfig, settings: Settings) -> int:
     try:
         await _wait_for_end(supervisor, stopping, config.device)
         _log.info("draining", grace_seconds=config.drain.grace_seconds, cause=stopping.cause)
+        routed = asyncio.create_task(
+            asyncio.sleep(min(_ROUTED_SECONDS, config.drain.grace_seconds))
+            if stopping.cause == signal.SIGTERM.name and settings.pod.name
+            else asyncio.sleep(0)
+        )
         cut = await supervisor.stop(config.drain.grace_seconds)
         if cut:
             _log.warning("cut", requests=cut)
+        await routed
     except AgentError as error:
         # No device as asked for: what serves nothing must not look alive.
         _log.error("cannot serve", error=error.message)

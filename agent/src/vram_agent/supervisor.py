@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Final
 
@@ -22,7 +23,6 @@ from vram_agent.core.policy import decide
 from vram_agent.core.pool import CommandKind, Reason, Step, StepKind
 from vram_agent.errors import (
     AgentError,
-    DrainingError,
     ModelFailedError,
     NotResidentError,
     WorkerDiedError,
@@ -58,7 +58,6 @@ from vram_agent.supervision.upkeep import Scrubs, end_gpu_processes, sum_scrubs
 
 _MAX_STEPS: Final = 10_000
 """More steps than this after one event would be a policy that never rests."""
-_RETRY_WHILE_DRAINING_SECONDS: Final = 5.0
 _KEEP: Final = -1.0
 _log = structlog.get_logger("vram_agent.supervisor")
 
@@ -81,7 +80,7 @@ class Supervisor:
         self._actions = Actions(
             surroundings,
             self._drain,
-            Acting(cut=self._cut, recycle=self._recycle, leave=self._exit.set),
+            Acting(cut=self._requests.cut, recycle=self._recycle, leave=self._exit.set),
         )
         self._backend: Backend | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -113,13 +112,16 @@ class Supervisor:
         """Take no new requests and finish the accepted ones; return what the grace cut, if any."""
         self._drain.begin(STOP)
         self._pump()
-        return "" if await self._drain.wait(grace_seconds) else self._cut()
+        if await self._drain.wait_empty(grace_seconds):
+            return ""
+        cut = self._requests.cut()
+        return cut or f"{self._drain.admitted} still received or answered"
 
     async def close(self) -> None:
         """End every process and task. Idempotent."""
         self._drain.begin(STOP)
         self._is_frozen = self._is_closed = True
-        self._cut()
+        self._requests.cut()
         self._stop_timer()
         await self._actions.close()
         tasks = list(self._tasks)
@@ -149,12 +151,22 @@ class Supervisor:
         """Whether new requests are taken."""
         return not self._drain.is_on and not self._is_closed
 
+    def admit(self) -> AbstractContextManager[None]:
+        """Hold a request's place from its head to its answer. Raises DrainingError, at once."""
+        return self._drain.admit()
+
     async def submit(
-        self, model: str, task: Task, *, keep_alive_seconds: float | None = None
+        self,
+        model: str,
+        task: Task,
+        *,
+        keep_alive_seconds: float | None = None,
+        is_admitted: bool = False,
     ) -> TaskResult:
         """Queue the task, bring the model into VRAM, run it and return its result."""
         cell = self._fleet.model(model)
-        self._ensure_not_draining()
+        if not is_admitted or self._drain.is_over:
+            self._drain.ensure_off()
         pause = self._transitions.retry_after_seconds(cell)
         if cell.residence.state is ModelState.FAILED and pause > 0:
             raise ModelFailedError(cell.error or "the model failed", retry_after_seconds=pause)
@@ -162,19 +174,22 @@ class Supervisor:
         self._pump()
         try:
             return await waiting.answer
-        finally:
+        except BaseException:
+            # It left its place without a task: nothing else says so to the policy.
             self._requests.give_up(cell, waiting)
             self._pump()
+            raise
 
     async def load(self, model: str) -> ModelReport:
         """Bring a model into VRAM without a task; it then stays as after keep-alive -1."""
-        self._ensure_not_draining()
+        self._drain.ensure_off()
         return await self._command(model, CommandKind.LOAD, OffloadTier.PINNED_HOST)
 
     async def offload(self, model: str, tier: OffloadTier | None = None) -> ModelReport:
         """Take a model out of VRAM once no task runs on it.
 
-        Where another model of the group needs the GPU process, it stops at PinnedHost.
+        Where another model of the group needs the GPU process, it stops at PinnedHost, and goes
+        on to ``tier`` when that one needs it no more, unless it is used before.
         """
         cell = self._fleet.model(model)
         target = cell.spec.residency.offload_tier if tier is None else tier
@@ -255,6 +270,10 @@ class Supervisor:
                 self._wake_at(decision.requeue_at, now)
                 return
             self._take(decision.step)
+            if decision.step.kind is StepKind.RUN and not self._fleet.has_startable():
+                # The last thing that is decided, and a task that begins frees nothing.
+                self._wake_at(decision.requeue_at, now)
+                return
         raise RuntimeError("the policy does not come to rest")
 
     def _take(self, step: Step) -> None:
@@ -268,6 +287,8 @@ class Supervisor:
                 command = cell.commands.popleft()
                 if command.kind is CommandKind.LOAD:
                     cell.keep_alive_seconds = _KEEP
+                elif command.kind is CommandKind.OFFLOAD:
+                    cell.called_tier = command.tier
                 elif command.kind is CommandKind.UNLOAD:
                     self._transitions.reset(cell, Reason.CALLED)
                 command.settle()
@@ -331,24 +352,6 @@ class Supervisor:
             self._pump()
         return model_report(cell)
 
-    def _cut(self) -> str:
-        """Answer whatever is still open; say what that was."""
-        cuts: list[str] = []
-        for cell in self._fleet.models.values():
-            queued = self._requests.refuse_all(
-                cell, DrainingError("the agent's time to drain is over", retry_after_seconds=1.0)
-            )
-            words = [f"{queued} queued"] if queued else []
-            if cell.running is not None:
-                words.insert(0, f"1 {cell.running.task.kind.value} running")
-            if words:
-                cuts.append(f"{cell.name}: {', '.join(words)}")
-        self._requests.cut_running(
-            self._fleet.models.values(),
-            WorkerDiedError("the task outlasted the agent's time to drain"),
-        )
-        return "; ".join(cuts)
-
     async def _recycle(self) -> None:
         self._is_frozen = True
         await end_gpu_processes(
@@ -363,13 +366,6 @@ class Supervisor:
     async def _then_pump(self, work: Coroutine[Any, Any, None]) -> None:
         await work
         self._pump()
-
-    def _ensure_not_draining(self) -> None:
-        if self._drain.is_on or self._is_closed:
-            raise DrainingError(
-                "the agent takes no new requests; ask another replica, or later",
-                retry_after_seconds=_RETRY_WHILE_DRAINING_SECONDS,
-            )
 
     def _open(self, group: GroupCell) -> GroupBackend:
         if group.backend is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,16 @@ class Echo:
         return inputs
 
 
+class Sleeper:
+    """Takes as many seconds as it is told, and gives back what it gets."""
+
+    def infer(
+        self, inputs: dict[str, np.ndarray[Any, Any]], parameters: dict[str, Any]
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        time.sleep(float(parameters["seconds"]))
+        return inputs
+
+
 class Speaker:
     """Speaks a tone for each character; a voice is its pitch in hertz."""
 
@@ -35,6 +46,10 @@ class Speaker:
 
 def make_speaker() -> Speaker:
     return Speaker()
+
+
+def make_sleeper() -> Sleeper:
+    return Sleeper()
 
 
 def make_echo() -> Echo:

@@ -316,10 +316,10 @@ def _shrink(pool: Pool, now: float, wakes: list[float]) -> Iterator[Step]:
             if kind is not None:
                 yield Step(kind=kind, model=name, reason=Reason.OVER_BUDGET)
     for group, facts in pool.groups.items():
-        members = [m for m in pool.models if m.group == group]
-        if not facts.has_gpu_process or facts.is_busy or not members:
+        if not facts.has_gpu_process or facts.is_busy:
             continue
-        if not any(is_in_gpu_process(m) or m.wants_vram for m in members):
+        members = [m for m in pool.models if m.group == group]
+        if members and not any(is_in_gpu_process(m) or m.wants_vram for m in members):
             name = members[0].name
             yield Step(kind=StepKind.END_GPU, model=name, reason=Reason.UNUSED_PROCESS)
     if pool.host_room_bytes is not None and pool.host.charges:

@@ -130,6 +130,8 @@ class ModelFacts:
     """How long a model with a queue may keep others waiting for its memory."""
     keep_alive_seconds: float | None = None
     command: Command | None = None
+    called_tier: OffloadTier | None = None
+    """Where a caller wants it until it is used again; its group may keep it from there yet."""
     needed_bytes: int = 0
     """Expected peak in VRAM; 0 where nothing is known yet."""
     device: str = ""

@@ -1,8 +1,8 @@
 """Where an unused model should be, and what brings it there.
 
-Why it exists: afterTask, idleTimeout, keep-alive and the models of one group all have a say in how
-deep a model sinks; this is the one place that weighs them. Called by ``policy`` alone; pure. Times
-are seconds of one monotonic clock.
+Why it exists: afterTask, idleTimeout, keep-alive, callers and the models of one group all have a
+say in how deep a model sinks; this is the one place that weighs them. Called by ``policy`` alone;
+pure. Times are seconds of one monotonic clock.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def decide_sinking(model: ModelFacts, now: float) -> Sinking:
     1. In use, waited for, or not at rest: it stays.
     2. It failed: to Disk, since a new attempt loads it anew.
     3. The idle time is over: idleTier, if that is deeper.
-    4. The last request's own wish: at once (0), never (-1), or so many seconds later.
-    5. Else afterTask: at once, or never.
+    4. A caller's wish since its last use: at once.
+    5. The last request's own wish: at once (0), never (-1), or so many seconds later.
+    6. Else afterTask: at once, or never.
     The deepest of what is due; only ever deeper than where it is.
     """
     # 1
@@ -63,11 +64,14 @@ def decide_sinking(model: ModelFacts, now: float) -> Sinking:
         idle_at = model.last_used_at + residency.idle_timeout_seconds
         consider(idle_at, residency.idle_tier, Reason.IDLE)
     # 4
+    if model.called_tier is not None:
+        consider(now, model.called_tier, Reason.CALLED)
+    # 5
     if model.keep_alive_seconds is not None:
         if model.keep_alive_seconds >= 0:
             at = model.last_used_at + model.keep_alive_seconds
             consider(at, residency.offload_tier, Reason.KEEP_ALIVE)
-    # 5
+    # 6
     elif residency.after_task is AfterTask.OFFLOAD:
         consider(now, residency.offload_tier, Reason.AFTER_TASK)
     deepest = max(due, key=lambda d: _DEPTH[Tier(d[0])], default=None)

@@ -145,8 +145,12 @@ class DeviceMemory(Protocol):
         """Return what this process holds on the device, context included; 0 if unknown."""
         ...
 
-    def figures(self, resident_bytes: int) -> MemoryFigures:
-        """Return the figures, ``resident_bytes`` being the weights of resident models."""
+    def figures(self, resident_bytes: int, stray_bytes: int) -> MemoryFigures:
+        """Return the figures, ``resident_bytes`` being the weights of resident models.
+
+        ``stray_bytes``: what tasks left on the models, as of their last offload; a device whose
+        allocator keeps an account of live tensors knows better.
+        """
         ...
 
     def is_out_of_memory(self, error: BaseException) -> bool:

@@ -237,9 +237,9 @@ class AnonymousMemory:
         """Return this process's private anonymous memory."""
         return measure_private_anonymous_bytes(os.getpid()) or 0
 
-    def figures(self, resident_bytes: int) -> MemoryFigures:  # noqa: ARG002 - measured outside
-        """Return what the process held when it began; malloc keeps no classes."""
-        return MemoryFigures(context_bytes=self._context_bytes)
+    def figures(self, resident_bytes: int, stray_bytes: int) -> MemoryFigures:  # noqa: ARG002 - measured outside
+        """Return what is known without malloc, which keeps no account of tensors."""
+        return MemoryFigures(live_tensor_bytes=stray_bytes, context_bytes=self._context_bytes)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether malloc or mmap failed."""

@@ -301,7 +301,7 @@ class DriverMemory:
         used_bytes = measure_used_bytes(self.placement.uuid)
         return max(0, (used_bytes or 0) - self._before_bytes)
 
-    def figures(self, resident_bytes: int) -> MemoryFigures:
+    def figures(self, resident_bytes: int, stray_bytes: int) -> MemoryFigures:  # noqa: ARG002 - counted anew
         """Return what is held beyond the models as ONNX Runtime's: nothing tells it apart."""
         return MemoryFigures(runtime_arena_bytes=max(0, self.used_bytes() - resident_bytes))
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import structlog
 from msgspec.structs import replace
@@ -36,6 +36,7 @@ from vram_agent.engine.memory import open_shared_memory
 from vram_agent.errors import ModelFailedError, NotResidentError
 from vram_agent.processes.spawn import count_threads
 from vram_agent.protocol import DeviceKind, DeviceReport, ModelSpec, ResidualSource
+from vram_agent.serial import Serial
 
 FIRST_DEVICE = "0"
 """All models of a process are on the first device that it sees: code that embeds says "cuda"."""
@@ -59,8 +60,7 @@ class EmbeddedGroup:
     def __init__(self, backend: EmbeddedBackend, model: EmbeddedModel) -> None:
         self._backend = backend
         self._model = model
-        self._lock = asyncio.Lock()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._transitions = Serial()
 
     @property
     def gpu_pid(self) -> int | None:
@@ -92,28 +92,30 @@ class EmbeddedGroup:
 
     async def restore(self, name: str, device: str = "") -> Moved:  # noqa: ARG002 - one of each
         """Bring the model onto the device; call its factory first if there is no object."""
-        return await self._alone(self._restore)
+        return await self._transitions.run(self._restore)
 
     async def offload(self, name: str) -> Moved:  # noqa: ARG002 - a group has one model
         """Take the weights off the device and scrub; the object stays."""
-        return await self._alone(lambda: self._move(self._model.offload))
+        return await self._transitions.run(lambda: self._move(self._model.offload))
 
     async def scrub(self) -> Scrubbed:
         """Collect garbage and empty caches."""
-        before_bytes, after_bytes = await self._alone(lambda: self._move(self._model.scrub))
+        before_bytes, after_bytes = await self._transitions.run(
+            lambda: self._move(self._model.scrub)
+        )
         return Scrubbed(before_bytes=before_bytes, after_bytes=after_bytes)
 
     async def unload(self, name: str) -> None:  # noqa: ARG002 - a group has one model
         """Drop the object."""
-        await self._alone(self._drop)
+        await self._transitions.run(self._drop)
 
     async def end_gpu(self) -> None:
         """Drop the object: there is no process to end."""
-        await self._alone(self._drop)
+        await self._transitions.run(self._drop)
 
     async def close(self) -> None:
         """Drop the object, but for one in use: whoever has it keeps it, and its memory."""
-        await self._alone(self._drop)
+        await self._transitions.run(self._drop)
         self._backend.forget_group(self)
 
     async def run(self, name: str, task: Task) -> TaskResult:
@@ -163,24 +165,6 @@ class EmbeddedGroup:
     async def _move(self, work: Callable[[DeviceMemory], T]) -> T:
         memory = await self._backend.ensure_memory()
         return await self._backend.workers.moves.run(lambda: work(memory))
-
-    async def _alone(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """One transition at a time; a cancelled caller gives up the answer, not the transition."""
-
-        async def locked() -> T:
-            async with self._lock:
-                return await work()
-
-        task = asyncio.ensure_future(locked())
-        self._tasks.add(task)
-        task.add_done_callback(self._forget)
-        return await asyncio.shield(task)
-
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            # Whoever asked may have gone; asyncio would call an error unseen.
-            task.exception()
 
 
 class EmbeddedBackend:
@@ -244,13 +228,12 @@ class EmbeddedBackend:
         """Return the process's own figures; nothing before the device was opened."""
         if self._memory is None:
             return MemoryFigures()
-        resident_bytes = sum(group.vram_bytes for group in self._groups)
-        figures = self._memory.figures(resident_bytes)
-        if not self._is_cpu:
-            return figures
-        # malloc keeps no account of tensors; the models' own is as of their last offload.
-        stray_bytes = sum(group.stray_bytes for group in self._groups)
-        return MemoryFigures(live_tensor_bytes=stray_bytes)
+        figures = self._memory.figures(
+            sum(group.vram_bytes for group in self._groups),
+            sum(group.stray_bytes for group in self._groups),
+        )
+        # On the CPU what the process held before is no part of what it reports.
+        return replace(figures, context_bytes=0) if self._is_cpu else figures
 
     async def ensure_memory(self) -> DeviceMemory:
         """Open the device, once: on CUDA this makes the context.

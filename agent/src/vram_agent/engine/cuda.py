@@ -208,7 +208,7 @@ class CudaMemory:
         own_bytes = torch.cuda.memory_reserved(self._device)
         return max(own_bytes, (used_bytes or 0) - self._before_bytes)
 
-    def figures(self, resident_bytes: int) -> MemoryFigures:
+    def figures(self, resident_bytes: int, stray_bytes: int) -> MemoryFigures:  # noqa: ARG002 - counted anew
         """Return torch's own figures."""
         allocated_bytes = torch.cuda.memory_allocated(self._device)
         return MemoryFigures(

@@ -188,6 +188,7 @@ class AsyncChannel:
         self._on_packet = on_packet
         self._on_end = on_end
         self._outgoing: deque[_Outgoing] = deque()
+        self._is_waiting_to_write = False
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock.fileno(), self.receive_waiting)
 
@@ -216,6 +217,7 @@ class AsyncChannel:
                     self._socket.sendmsg([data], _ancillary(fds))
             except BlockingIOError:
                 self._loop.add_writer(self._socket.fileno(), self._flush)
+                self._is_waiting_to_write = True
                 return
             except OSError:
                 # The reader sees the end too, after the answers that the peer sent before it.
@@ -223,7 +225,9 @@ class AsyncChannel:
                 break
             close_fds(first.fds)
             self._outgoing.popleft()
-        self._loop.remove_writer(self._socket.fileno())
+        if self._is_waiting_to_write:
+            self._loop.remove_writer(self._socket.fileno())
+            self._is_waiting_to_write = False
 
     def receive_waiting(self) -> None:
         """Hand on every message that has arrived; at the end close and call ``on_end``."""

@@ -51,7 +51,6 @@ from vram_agent.processes.messages import (
     pack_tensors,
     unpack_tensors,
 )
-from vram_agent.protocol import DeviceKind
 from vram_agent.runtimes.base import HostedModel
 
 
@@ -137,12 +136,10 @@ class GpuProcess:
     def _figures(self) -> MemoryFigures:
         if self._memory is None:
             return MemoryFigures()
-        figures = self._memory.figures(sum(self._resident.values()))
-        if self._placement.kind is not DeviceKind.CPU:
-            return figures
-        # malloc keeps no account of tensors; the models' own is as of their last offload.
-        stray_bytes = sum(model.weights.stray_bytes for model in self._models.values())
-        return msgspec.structs.replace(figures, live_tensor_bytes=stray_bytes)
+        return self._memory.figures(
+            sum(self._resident.values()),
+            sum(model.weights.stray_bytes for model in self._models.values()),
+        )
 
     def _scrub(self) -> tuple[int, int]:
         forget = [model.forget for model in self._models.values()]

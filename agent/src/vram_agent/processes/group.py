@@ -4,8 +4,8 @@ Why it exists: it turns the supervisor's wishes (load, restore, run, offload …
 GPU process and messages to them, and keeps that true when any of them is killed at any time. Runs
 on the supervisor's event loop, starts no threads, and imports neither torch, numpy nor onnxruntime.
 
-Each transition runs as a task of its own under the group's lock: cancelling the caller gives up
-the answer, never the transition. What was loaded and not unloaded is remembered by its spec, so a
+Transitions are done one at a time, and to their end: cancelling the caller gives up the answer,
+never the transition. What was loaded and not unloaded is remembered by its spec, so a
 template that died comes back with the next call that needs it.
 """
 
@@ -14,8 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable
 
 from vram_agent.backend import (
     GroupMemory,
@@ -54,8 +53,7 @@ from vram_agent.processes.messages import (
 from vram_agent.processes.pair import TEMPLATE, ProcessPair
 from vram_agent.processes.spawn import build_environment, count_threads
 from vram_agent.protocol import DeviceReport, ModelSpec, ResidualSource
-
-T = TypeVar("T")
+from vram_agent.serial import Serial
 
 
 def _is_same_model(one: ModelSpec, other: ModelSpec) -> bool:
@@ -83,9 +81,8 @@ class ProcessGroup:
     ) -> None:
         self._group = group
         self._device = device
-        self._lock = asyncio.Lock()
-        self._run_lock = asyncio.Lock()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._transitions = Serial()
+        self._runs = Serial()
         self._specs: dict[str, ModelSpec] = {}
         self._loaded: dict[str, LoadedModel] = {}
         self._resident: dict[str, int] = {}
@@ -127,59 +124,40 @@ class ProcessGroup:
 
     async def load(self, spec: ModelSpec) -> LoadedModel:
         """Load into the template, starting it if there is none."""
-        return await self._transition(self._load(spec))
+        return await self._transitions.run(lambda: self._load(spec))
 
     async def restore(self, name: str, device: str = "") -> Moved:
         """Bring a model into VRAM, making the GPU process if there is none."""
-        return await self._transition(self._restore(name, device))
+        return await self._transitions.run(lambda: self._restore(name, device))
 
     async def offload(self, name: str) -> Moved:
         """Take a model out of VRAM; the GPU process lives on."""
-        return await self._transition(self._offload(name))
+        return await self._transitions.run(lambda: self._offload(name))
 
     async def scrub(self) -> Scrubbed:
         """Empty the GPU process's caches."""
-        return await self._transition(self._scrub())
+        return await self._transitions.run(self._scrub)
 
     async def unload(self, name: str) -> None:
         """Drop a model; the GPU process ends at once, the template with its last model."""
         self._pair.kill_gpu()
-        await self._transition(self._unload(name))
+        await self._transitions.run(lambda: self._unload(name))
 
     async def end_gpu(self) -> None:
         """Kill the GPU process and wait until it is gone."""
         self._pair.kill_gpu()
-        await self._transition(self._pair.end_gpu())
+        await self._transitions.run(self._pair.end_gpu)
 
     async def close(self) -> None:
         """Kill both processes and wait until they are gone."""
         self._pair.close()
-        await self._transition(self._close())
+        await self._transitions.run(self._close)
 
     async def run(self, name: str, task: Task) -> TaskResult:
         """Run a task; tasks of the group run one after the other."""
-        return await self._shielded(self._run(name, task))
+        return await self._runs.run(lambda: self._run(name, task))
 
-    async def _transition(self, work: Coroutine[Any, Any, T]) -> T:
-        async def locked() -> T:
-            async with self._lock:
-                return await work
-
-        return await self._shielded(locked())
-
-    async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._forget)
-        return await asyncio.shield(task)
-
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            # Whoever asked may have gone; asyncio would call an error unseen.
-            task.exception()
-
-    # --- the transitions, under the lock -------------------------------------------------------
+    # --- the transitions, one at a time --------------------------------------------------------
 
     async def _load(self, spec: ModelSpec) -> LoadedModel:
         """Load a model.
@@ -276,21 +254,18 @@ class ProcessGroup:
         )
 
     async def _run(self, name: str, task: Task) -> TaskResult:
-        async with self._run_lock:
-            if self._pair.gpu is None or not self.is_resident(name):
-                raise NotResidentError(
-                    f"model {name} left VRAM before the task began", retry_after_seconds=1
-                )
-            headers, fds = pack_tensors(task.tensors)
-            request = Run(
-                name=name, kind=task.kind, parameters=dict(task.parameters), tensors=headers
+        if self._pair.gpu is None or not self.is_resident(name):
+            raise NotResidentError(
+                f"model {name} left VRAM before the task began", retry_after_seconds=1
             )
-            try:
-                reply, received = await self._pair.gpu.call(request, fds)
-            except ChildDiedError as error:
-                raise WorkerDiedError(
-                    f"model {name}: {error} while it ran this task; other requests are not affected"
-                ) from error
+        headers, fds = pack_tensors(task.tensors)
+        request = Run(name=name, kind=task.kind, parameters=dict(task.parameters), tensors=headers)
+        try:
+            reply, received = await self._pair.gpu.call(request, fds)
+        except ChildDiedError as error:
+            raise WorkerDiedError(
+                f"model {name}: {error} while it ran this task; other requests are not affected"
+            ) from error
         if isinstance(reply, Failure):
             close_fds(received)
             raise read_failure(reply)

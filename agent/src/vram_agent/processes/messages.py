@@ -1,7 +1,7 @@
 """What the supervisor asks of its processes, and what they answer: msgpack over channel.py.
 
-Why it exists: both ends of a channel share one definition of each message. Tensors do not travel
-in messages: their headers do, their bytes lie one after the other in a sealed memfd.
+Why it exists: both ends of a channel share one definition of each message. Small tensors travel
+in their headers; else the headers do, and the bytes lie one after the other in a sealed memfd.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from vram_agent.processes.channel import map_sealed, seal_bytes
 from vram_agent.protocol import ModelSpec
 
 TENSOR_ALIGNMENT_BYTES = 64
+MAX_INLINE_TENSOR_BYTES = 32 * 1024
+"""Of all tensors of a message: so much is copied sooner than a memfd is made, sealed and mapped."""
 
 
 class TensorHeader(Struct, frozen=True, kw_only=True):
-    """A tensor without its bytes; those begin at ``offset`` of the memfd beside the message."""
+    """A tensor; without ``data`` its bytes begin at ``offset`` of the memfd beside the message."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    offset: int = 0
+    nbytes: int = 0
+    data: bytes = b""
 
 
 class Load(Struct, frozen=True, kw_only=True, tag="load"):
@@ -72,7 +75,7 @@ class Offload(Struct, frozen=True, kw_only=True, tag="offload"):
 
 
 class Run(Struct, frozen=True, kw_only=True, tag="run"):
-    """To a GPU process, with a memfd when there are tensors. Answer: Ran."""
+    """To a GPU process, with a memfd when there are large tensors. Answer: Ran."""
 
     name: str
     kind: TaskKind
@@ -135,7 +138,7 @@ class MovedTo(Struct, frozen=True, kw_only=True, tag="moved"):
 
 
 class Ran(Struct, frozen=True, kw_only=True, tag="ran"):
-    """A task's result, with a memfd when there are tensors."""
+    """A task's result, with a memfd when there are large tensors."""
 
     values: dict[str, Any]
     tensors: list[TensorHeader]
@@ -225,17 +228,22 @@ def decode_answer(body: bytes) -> Answer:
 
 
 def pack_tensors(tensors: Sequence[Tensor]) -> tuple[list[TensorHeader], list[int]]:
-    """Return the headers, and the sealed memfd with the bytes (no descriptor without tensors).
+    """Return the headers, and the sealed memfd with the bytes (no descriptor for small tensors).
 
     The caller owns the descriptor.
     """
-    if not tensors:
-        return [], []
+    sizes = [memoryview(tensor.data).nbytes for tensor in tensors]
+    if sum(sizes) <= MAX_INLINE_TENSOR_BYTES:
+        return [
+            TensorHeader(
+                name=one.name, datatype=one.datatype, shape=tuple(one.shape), data=bytes(one.data)
+            )
+            for one in tensors
+        ], []
     headers: list[TensorHeader] = []
     parts: list[bytes | memoryview] = []
     offset = 0
-    for tensor in tensors:
-        nbytes = memoryview(tensor.data).nbytes
+    for tensor, nbytes in zip(tensors, sizes, strict=True):
         headers.append(
             TensorHeader(
                 name=tensor.name,
@@ -252,12 +260,12 @@ def pack_tensors(tensors: Sequence[Tensor]) -> tuple[list[TensorHeader], list[in
 
 
 def unpack_tensors(headers: Sequence[TensorHeader], fds: Sequence[int]) -> list[Tensor]:
-    """Return the tensors of a message; their data are views of the mapped memfd.
+    """Return the tensors of a message; their data are views that may be written to.
 
     Closes the descriptors. Raises BrokenPacketError.
     """
     try:
-        data = map_sealed(fds[0]) if fds else memoryview(b"")
+        data = map_sealed(fds[0]) if fds else None
     finally:
         for fd in fds:
             os.close(fd)
@@ -266,7 +274,9 @@ def unpack_tensors(headers: Sequence[TensorHeader], fds: Sequence[int]) -> list[
             name=header.name,
             datatype=header.datatype,
             shape=header.shape,
-            data=data[header.offset : header.offset + header.nbytes],
+            data=memoryview(bytearray(header.data))
+            if data is None
+            else data[header.offset : header.offset + header.nbytes],
         )
         for header in headers
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from decimal import Decimal, InvalidOperation
 from typing import Annotated
@@ -27,10 +28,12 @@ class InvalidQuantityError(ValueError):
     """A text is no Kubernetes quantity of bytes; the message names it and shows a good one."""
 
 
+@functools.lru_cache(maxsize=256)
 def parse_quantity(text: str) -> int:
     """Return the bytes that a Kubernetes quantity such as ``512Mi`` or ``1.5G`` stands for.
 
-    Raises InvalidQuantityError. Fractions of a byte are rounded up, as the apiserver does.
+    Raises InvalidQuantityError. Fractions of a byte are rounded up, as the apiserver does. What
+    was asked lately is remembered: a config's few quantities are part of every decision.
     """
     match = _QUANTITY.match(text.strip())
     if match is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,12 +55,25 @@ class ModelServer(Protocol):
         """Whether new requests are taken: started, not draining."""
         ...
 
+    def admit(self) -> AbstractContextManager[None]:
+        """Hold a request's place in the house, from its head to the end of its answer.
+
+        A drain before the process ends waits for it. Raises DrainingError, at once.
+        """
+        ...
+
     async def submit(
-        self, model: str, task: Task, *, keep_alive_seconds: float | None = None
+        self,
+        model: str,
+        task: Task,
+        *,
+        keep_alive_seconds: float | None = None,
+        is_admitted: bool = False,
     ) -> TaskResult:
         """Queue the task, bring the model into VRAM, run it and return its result.
 
         ``keep_alive_seconds`` overrides afterTask: 0 offload at once, -1 keep, None the spec's.
+        ``is_admitted``: within ``admit``, so that a drain that began since refuses nothing.
         Raises the types of errors.py. Cancelling gives up the place in the queue.
         """
         ...

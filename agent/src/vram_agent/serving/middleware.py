@@ -16,7 +16,7 @@ from aiohttp.typedefs import Handler, Middleware
 from vram_agent.errors import AgentError, BadInputError, QueueFullError
 from vram_agent.metrics import UNKNOWN_MODEL
 from vram_agent.serving.answers import RouteError, error_answer
-from vram_agent.serving.context import METRICS, MODEL
+from vram_agent.serving.context import METRICS, MODEL, SERVER
 
 _log = structlog.get_logger(__name__)
 
@@ -50,9 +50,13 @@ def request_metrics(api_names: dict[str, str]) -> Middleware:
 async def errors_as_answers(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn whatever a handler raises into the API's error format; cancellation passes."""
     try:
-        return await _answer(request, handler)
+        answer = await _answer(request, handler)
     finally:
         _forget_unread(request)
+    if not answer.prepared and not request.app[SERVER].is_ready():
+        # A client that kept the connection would send its next request to a process that ends.
+        answer.force_close()
+    return answer
 
 
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -61,6 +61,8 @@ API_NAMES = {
 _EXTENSIONS = ["binary_tensor_data", "model_repository", "model_repository(unload_dependents)"]
 _PLATFORMS = {Runtime.ONNX: "onnxruntime_onnx", Runtime.TORCH: "pytorch_libtorch"}
 _MAX_CONTROL_BYTES = 1024 * 1024  # the body of a repository call: a few words, or a whole config
+_BINARY = "application/octet-stream"
+_ONE_PIECE_BYTES = 64 * 1024
 _INLINE_BYTES = 256 * 1024  # larger bodies are converted off the event loop, one at a time
 
 
@@ -134,7 +136,7 @@ async def model_ready(request: web.Request) -> web.Response:
 
 async def infer(request: web.Request) -> web.StreamResponse:
     """``POST /v2/models/{m}/infer``."""
-    with request.app[PLACES].take():
+    with request.app[SERVER].admit(), request.app[PLACES].take():
         return await _send(request, await _infer(request))
 
 
@@ -149,7 +151,9 @@ async def _infer(request: web.Request) -> InferAnswer:
     ensure_known_outputs(
         question, [spec.name for spec in view.loaded.outputs] if view.loaded else []
     )
-    result = await request.app[SERVER].submit(view.spec.name, task, keep_alive_seconds=keep_alive)
+    result = await request.app[SERVER].submit(
+        view.spec.name, task, keep_alive_seconds=keep_alive, is_admitted=True
+    )
     size = sum(memoryview(tensor.data).nbytes for tensor in result.tensors)
     return await _convert(request, size, render_infer, view.spec.name, question, result)
 
@@ -173,11 +177,15 @@ def _spooled(data: bytes) -> memoryview:
 
 
 async def _send(request: web.Request, body: InferAnswer) -> web.StreamResponse:
-    """Send binary tensors from where they lie."""
+    """Send large binary tensors from where they lie, and small ones at once."""
     if body.tensors is None:
         return web.Response(body=body.json, content_type="application/json")
-    answer = web.StreamResponse(headers={LENGTH_HEADER: str(len(body.json))})
-    answer.content_type = "application/octet-stream"
+    headers = {LENGTH_HEADER: str(len(body.json))}
+    if body.number_of_bytes <= _ONE_PIECE_BYTES:
+        whole = b"".join((body.json, *body.tensors))
+        return web.Response(body=whole, headers=headers, content_type=_BINARY)
+    answer = web.StreamResponse(headers=headers)
+    answer.content_type = _BINARY
     answer.content_length = body.number_of_bytes
     return await send_parts(request, answer, (body.json, *body.tensors))
 

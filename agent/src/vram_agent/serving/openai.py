@@ -94,13 +94,13 @@ async def get_model(request: web.Request) -> web.Response:
 
 async def transcribe(request: web.Request) -> web.StreamResponse:
     """``POST /v1/audio/transcriptions``."""
-    with request.app[PLACES].take():
+    with request.app[SERVER].admit(), request.app[PLACES].take():
         return await _answer(request, TaskKind.TRANSCRIBE)
 
 
 async def translate(request: web.Request) -> web.StreamResponse:
     """``POST /v1/audio/translations``: into English."""
-    with request.app[PLACES].take():
+    with request.app[SERVER].admit(), request.app[PLACES].take():
         return await _answer(request, TaskKind.TRANSLATE)
 
 
@@ -115,7 +115,9 @@ async def _answer(request: web.Request, kind: TaskKind) -> web.StreamResponse:
             raise BadInputError("the form has no file", param="file")
         audio = await request.app[DECODER].decode(form.file)
     task = Task(kind=kind, parameters=question.parameters, tensors=(audio,))
-    result = await request.app[SERVER].submit(view.spec.name, task, keep_alive_seconds=keep_alive)
+    result = await request.app[SERVER].submit(
+        view.spec.name, task, keep_alive_seconds=keep_alive, is_admitted=True
+    )
     if question.is_stream:
         return await send_events(request, transcripts.to_events(result.values))
     return _render(_timed(result, audio), kind, question)

@@ -86,9 +86,13 @@ async def read_chunks(request: web.Request, limit_bytes: int) -> AsyncIterator[b
     """Yield the body as it comes in. Raises as ``read_body``."""
     ensure_size(request.content_length, limit_bytes)
     received = 0
+    content = request.content
     while True:
-        async with expect_more():
-            chunk = await request.content.readany()
+        if content.is_eof():  # all has come in: no wait to bound
+            chunk = await content.readany()
+        else:
+            async with expect_more():
+                chunk = await content.readany()
         if not chunk:
             return
         received += len(chunk)

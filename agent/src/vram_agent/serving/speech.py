@@ -73,7 +73,7 @@ def add_routes(app: web.Application) -> None:
 
 async def speak(request: web.Request) -> web.StreamResponse:
     """``POST /v1/audio/speech``."""
-    with request.app[PLACES].take():
+    with request.app[SERVER].admit(), request.app[PLACES].take():
         return await _speak(request)
 
 
@@ -85,7 +85,10 @@ async def _speak(request: web.Request) -> web.StreamResponse:
     encoder = request.app[ENCODER]
     await encoder.ensure_offered(question.response_format)
     result = await request.app[SERVER].submit(
-        view.spec.name, question.as_task(), keep_alive_seconds=keep_alive
+        view.spec.name,
+        question.as_task(),
+        keep_alive_seconds=keep_alive,
+        is_admitted=True,
     )
     spoken = await encoder.encode(read_speech(view.spec.name, result), question.response_format)
     answer = web.StreamResponse()

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from vram_agent.serving.context import SERVER
 from vram_agent.serving.requests import STALL_SECONDS
 
 _WRITE_BYTES = 64 * 1024  # a player that takes its audio as it sounds needs a minute for no piece
@@ -26,6 +27,8 @@ async def send_parts(
 
     Raises ConnectionResetError where the client went away, or takes nothing for STALL_SECONDS.
     """
+    if not request.app[SERVER].is_ready():
+        answer.force_close()  # as the middleware does with answers that are sent at once
     await answer.prepare(request)
     for part in parts:
         for offset in range(0, len(part), _WRITE_BYTES):

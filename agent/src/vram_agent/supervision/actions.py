@@ -12,7 +12,8 @@ their owner asked for them to be resident before a request comes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -24,6 +25,7 @@ from vram_agent.supervision.ports import Surroundings, format_time
 
 CALL = "call"
 STOP = "stop"
+_RETRY_SECONDS = 5.0
 _OPEN = frozenset({ActionState.DRAINING, ActionState.ACTING})
 _log = structlog.get_logger("vram_agent.action")
 
@@ -35,6 +37,11 @@ class Drain:
         self._wishes: set[str] = set()
         self._quiet = asyncio.Event()
         self._quiet.set()
+        self._admitted = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self.is_over = False
+        """The time of the last drain was over before all was answered."""
 
     @property
     def is_on(self) -> bool:
@@ -55,6 +62,50 @@ class Drain:
             self._quiet.clear()
         else:
             self._quiet.set()
+
+    @property
+    def admitted(self) -> int:
+        """Requests in the house, those that are still received or answered included."""
+        return self._admitted
+
+    def ensure_off(self) -> None:
+        """Raise DrainingError where new requests are refused."""
+        if self.is_on:
+            raise DrainingError(
+                "the agent takes no new requests; ask another replica, or later",
+                retry_after_seconds=_RETRY_SECONDS,
+            )
+
+    def admit(self) -> AbstractContextManager[None]:
+        """Count a request as in the house for as long as the block lasts.
+
+        Raises DrainingError, at once.
+        """
+        self.ensure_off()
+        return self._hold()
+
+    @contextmanager
+    def _hold(self) -> Iterator[None]:
+        self._admitted += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._admitted -= 1
+            if not self._admitted:
+                self._empty.set()
+
+    async def wait_empty(self, timeout_seconds: float) -> bool:
+        """As ``wait``, and until the last answer is sent; afterwards nothing is taken any more."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                while not (self._quiet.is_set() and self._empty.is_set()):
+                    await self._quiet.wait()
+                    await self._empty.wait()
+        except TimeoutError:
+            self.is_over = True
+            return False
+        return True
 
     async def wait(self, timeout_seconds: float | None) -> bool:
         """Wait until every accepted request is answered; False when the time is over first."""

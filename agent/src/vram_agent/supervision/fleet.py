@@ -111,6 +111,8 @@ class ModelCell:
     """Lowest for a model that never was: it has its turn first."""
     last_run: int = 0
     keep_alive_seconds: float | None = None
+    called_tier: OffloadTier | None = None
+    """Where a caller wanted it since it was last in VRAM."""
     last_transition: Transition | None = None
     task_seconds: float | None = None
     """Running mean of the tasks' durations; None before the first."""
@@ -230,6 +232,10 @@ class Fleet:
     def has_requests(self) -> bool:
         """Whether an accepted request is without its answer."""
         return any(cell.queue or cell.running for cell in self.models.values())
+
+    def has_startable(self) -> bool:
+        """Whether a request waits for a model of a group that does nothing."""
+        return any(cell.queue and not cell.group.is_busy for cell in self.models.values())
 
     def is_idle(self) -> bool:
         """Whether nothing waits, runs or moves."""

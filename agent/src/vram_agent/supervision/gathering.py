@@ -95,6 +95,7 @@ def _model_facts(fleet: Fleet, cell: ModelCell) -> ModelFacts:
         command=None
         if command is None
         else Command(kind=CommandKind(command.kind), tier=command.tier),
+        called_tier=cell.called_tier,
         needed_bytes=needed_bytes(fleet, cell),
         device=fleet.device_by_index(index),
         missing_device=index if fleet.devices and not fleet.device_by_index(index) else "",

@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterable
 
 from vram_agent.backend import Task, TaskResult
-from vram_agent.errors import AgentError, BadInputError, QueueFullError, QueueTimeoutError
+from vram_agent.errors import (
+    AgentError,
+    BadInputError,
+    DrainingError,
+    QueueFullError,
+    QueueTimeoutError,
+    WorkerDiedError,
+)
 from vram_agent.supervision.effects import TaskOutcome
 from vram_agent.supervision.fleet import Fleet, ModelCell, Waiting
 from vram_agent.supervision.ports import Surroundings, format_time
@@ -105,11 +111,24 @@ class Requests:
             self._answer(request, None, error)
         return len(waiting)
 
-    def cut_running(self, cells: Iterable[ModelCell], error: AgentError) -> None:
-        """Answer the requests that run now; their leases end when their tasks do."""
-        for cell in cells:
+    def cut(self) -> str:
+        """Answer whatever is still open; say what that was, empty for nothing.
+
+        The leases of what runs end when its tasks do.
+        """
+        late = DrainingError("the agent's time to drain is over", retry_after_seconds=1.0)
+        cuts: list[str] = []
+        for cell in self._fleet.models.values():
+            words: list[str] = []
             if cell.running is not None:
+                words.append(f"1 {cell.running.task.kind.value} running")
+                error = WorkerDiedError("the task outlasted the agent's time to drain")
                 self._answer(cell.running, None, error)
+            if queued := self.refuse_all(cell, late):
+                words.append(f"{queued} queued")
+            if words:
+                cuts.append(f"{cell.name}: {', '.join(words)}")
+        return "; ".join(cuts)
 
     def _expire(self, cell: ModelCell, waiting: Waiting) -> None:
         self._leave(cell, waiting)

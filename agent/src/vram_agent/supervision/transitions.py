@@ -224,6 +224,7 @@ class Transitions:
             )
             cell.restore_seconds = outcome.seconds
             cell.resident_since = cell.last_used_at = now
+            cell.called_tier = None
             cell.note_success()
             self._commit(cell, Event.RESTORED, note, outcome.moved.message)
             return None

@@ -171,11 +171,20 @@ class Wrapper:
         """Whether the application takes requests, and is to."""
         return self._watch.is_ready and not self._drain.is_on
 
+    def admit(self) -> Never:
+        """Raise NotSupportedError."""
+        self._refuse("a task")
+
     async def submit(
-        self, model: str, task: Task, *, keep_alive_seconds: float | None = None
+        self,
+        model: str,
+        task: Task,
+        *,
+        keep_alive_seconds: float | None = None,
+        is_admitted: bool = False,
     ) -> TaskResult:
         """Raise NotSupportedError."""
-        del task, keep_alive_seconds
+        del task, keep_alive_seconds, is_admitted
         self._refuse(f"a task for model {model[:63]!r}")
 
     async def load(self, model: str) -> ModelReport:

@@ -168,6 +168,24 @@ def step(of: Pool) -> tuple[str, str, str] | None:
             id="the GPU process of a mate in use lives on",
         ),
         pytest.param(
+            [
+                pinned("a", group="g", called_tier=OffloadTier.HOST),
+                pinned("b", group="g"),
+            ],
+            {},
+            None,
+            id="a caller's wish for one model leaves the GPU process to a mate that rests in it",
+        ),
+        pytest.param(
+            [
+                pinned("a", group="g", called_tier=OffloadTier.HOST),
+                pinned("b", group="g", called_tier=OffloadTier.HOST),
+            ],
+            {},
+            ("end_gpu", "a", "Called"),
+            id="the GPU process ends when callers want every model of it in host memory",
+        ),
+        pytest.param(
             [model("a", group="g", queued=1), resident("b", group="g")],
             {},
             ("end_gpu", "a", "GroupChanged"),

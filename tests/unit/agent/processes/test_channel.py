@@ -25,7 +25,11 @@ from vram_agent.processes.channel import (
     open_socket_pair,
     seal_bytes,
 )
-from vram_agent.processes.messages import pack_tensors, unpack_tensors
+from vram_agent.processes.messages import (
+    MAX_INLINE_TENSOR_BYTES,
+    pack_tensors,
+    unpack_tensors,
+)
 
 
 def count_fds() -> int:
@@ -185,14 +189,44 @@ async def test_a_packet_that_is_not_ours_ends_the_channel() -> None:
         max_size=5,
     )
 )
-def test_tensors_come_back_as_they_were(parts: list[tuple[str, list[int], bytes]]) -> None:
+def test_small_tensors_come_back_as_they_were_without_a_descriptor(
+    parts: list[tuple[str, list[int], bytes]],
+) -> None:
     tensors = [
         Tensor(name=name, datatype="UINT8", shape=tuple(shape), data=data)
         for name, shape, data in parts
     ]
     headers, fds = pack_tensors(tensors)
-    assert all(header.offset % 64 == 0 for header in headers)
+    assert fds == []
     back = unpack_tensors(headers, fds)
     assert [(t.name, t.shape, bytes(t.data)) for t in back] == [
         (name, tuple(shape), data) for name, shape, data in parts
     ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fd_count"),
+    [
+        pytest.param((MAX_INLINE_TENSOR_BYTES,), 0, id="the largest that travels in its header"),
+        pytest.param((MAX_INLINE_TENSOR_BYTES + 1,), 1, id="the smallest that travels in a memfd"),
+        pytest.param((7, 0, 100_000, 1), 1, id="small ones beside a large one"),
+    ],
+)
+def test_tensors_come_back_as_they_were_and_can_be_written_to(
+    sizes: tuple[int, ...], fd_count: int
+) -> None:
+    sent = [os.urandom(size) for size in sizes]
+    tensors = [
+        Tensor(name=str(number), datatype="UINT8", shape=(len(data),), data=data)
+        for number, data in enumerate(sent)
+    ]
+    headers, fds = pack_tensors(tensors)
+    assert len(fds) == fd_count
+    assert all(header.offset % 64 == 0 for header in headers)
+    back = unpack_tensors(headers, fds)
+    assert [bytes(tensor.data) for tensor in back] == sent
+    for tensor in back:
+        view = memoryview(tensor.data)
+        assert not view.readonly
+        view[:] = bytes(view.nbytes)
+    assert [bytes(tensor.data) for tensor in back] == [bytes(size) for size in sizes]

@@ -7,6 +7,7 @@ from typing import Any
 import aiohttp
 import pytest
 from structlog.testing import capture_logs
+from vram_agent.backend import TaskResult, Tensor
 from vram_agent.errors import (
     AgentError,
     DrainingError,
@@ -85,6 +86,26 @@ async def test_openai_errors_have_their_format(
             "error": {"message": error.message, "type": kind, "param": None, "code": code}
         }
         assert answer.headers["Retry-After"]
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["an answer at once", "an answer in pieces"])
+async def test_answers_of_a_draining_agent_say_that_the_connection_closes(
+    agent: Agent, binary: bool
+) -> None:
+    data = bytes(4 * 100_000)
+    agent.server.result = TaskResult(
+        tensors=[Tensor(name="sum", datatype="FP32", shape=(100_000,), data=data)]
+    )
+    body = {
+        "inputs": [{"name": "a", "datatype": "FP32", "shape": [1], "data": [1]}],
+        "parameters": {"binary_data_output": binary},
+    }
+    for is_ready in (True, False):
+        agent.server.ready = is_ready
+        async with agent.session.post(agent.serving(INFER), json=body) as answer:
+            assert answer.status == 200
+            assert len(await answer.read()) >= 100_000
+            assert answer.headers.get("Connection") == (None if is_ready else "close")
 
 
 async def test_the_unexpected_is_logged_once_and_not_told(agent: Agent) -> None:

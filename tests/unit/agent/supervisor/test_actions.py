@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from vram_agent.backend import Task, TaskKind, TaskResult
 from vram_agent.errors import BadInputError, DrainingError, NoSuchModelError, WorkerDiedError
 from vram_agent.protocol import (
     ActionReport,
@@ -244,6 +245,40 @@ async def test_stop_says_what_the_grace_cut(make_rig: MakeRig) -> None:
     assert await rig.supervisor.stop(5) == "a: 1 infer running"
     with pytest.raises(WorkerDiedError):
         await running
+
+
+async def test_stop_waits_for_a_request_that_is_still_received_and_serves_it(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a"))
+
+    async def receive_then_ask() -> TaskResult:
+        with rig.supervisor.admit():
+            await asyncio.sleep(10)
+            result = await rig.supervisor.submit(
+                "a", Task(kind=TaskKind.INFER, parameters={"seconds": 2.0}), is_admitted=True
+            )
+            await asyncio.sleep(3)  # its answer is sent
+        return result
+
+    request = asyncio.create_task(receive_then_ask())
+    await rig.settle(1)
+    began = asyncio.get_running_loop().time()
+    assert await rig.supervisor.stop(60) == ""
+    assert (await request).values["model"] == "a"
+    assert asyncio.get_running_loop().time() - began == pytest.approx(14, abs=0.5)
+    with pytest.raises(DrainingError):
+        rig.supervisor.admit()
+
+
+async def test_a_request_that_is_received_too_late_for_the_grace_is_refused(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a"))
+    with rig.supervisor.admit():
+        assert await rig.supervisor.stop(5) == "1 still received or answered"
+        with pytest.raises(DrainingError):
+            await rig.supervisor.submit("a", Task(kind=TaskKind.INFER), is_admitted=True)
 
 
 async def test_close_ends_every_group(make_rig: MakeRig) -> None:

@@ -236,6 +236,32 @@ async def test_while_a_mate_needs_the_gpu_process_a_model_only_leaves_vram(
     assert (rig.state("a"), rig.state("b")) == ("Offloaded/Host", "Offloaded/Host")
 
 
+async def test_models_of_a_group_offloaded_to_host_one_by_one_end_their_gpu_process(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a", group="g", residency=KEEP), spec("b", group="g", residency=KEEP))
+    for name in ("a", "b", "a"):  # loading the second ends the process of the first
+        await rig.ask(name)
+    await rig.supervisor.offload("a", OffloadTier.PINNED_HOST)
+    assert (await rig.supervisor.offload("b", OffloadTier.HOST)).tier == "PinnedHost"
+    await rig.settle()
+    assert (rig.state("a"), rig.state("b")) == ("Offloaded/PinnedHost", "Offloaded/PinnedHost")
+    assert (await rig.supervisor.offload("a", OffloadTier.HOST)).tier == "Host"
+    assert (rig.state("a"), rig.state("b")) == ("Offloaded/Host", "Offloaded/Host")
+
+
+async def test_a_use_takes_back_the_tier_that_a_caller_wanted(make_rig: MakeRig) -> None:
+    rig = make_rig(spec("a", group="g", residency=KEEP), spec("b", group="g", residency=KEEP))
+    for name in ("a", "b", "a"):
+        await rig.ask(name)
+    await rig.supervisor.offload("b", OffloadTier.HOST)
+    await rig.ask("b")
+    await rig.supervisor.offload("b", OffloadTier.PINNED_HOST)
+    await rig.supervisor.offload("a", OffloadTier.HOST)
+    await rig.settle(1)
+    assert (rig.state("a"), rig.state("b")) == ("Offloaded/PinnedHost", "Offloaded/PinnedHost")
+
+
 async def test_loading_into_a_live_group_ends_its_gpu_process_once_its_task_is_done(
     make_rig: MakeRig,
 ) -> None:

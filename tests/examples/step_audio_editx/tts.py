@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,7 @@ class LLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids: torch.Tensor) -> torch.Tensor:
-        note("generate")
+        note(f"generate, GPUs {os.environ['CUDA_VISIBLE_DEVICES']!r}")
         wait_at_gate()
         self._cache = [self.embed_tokens(ids).mean(dim=1)]
         for _ in range(STEPS):
@@ -153,7 +154,8 @@ class CosyVoice:
         hift.load_state_dict(torch.load(Path(model_dir) / "hift.pt", map_location="cpu"))
         self.cosy_impl = CosyVoice_stream_impl_(flow.eval(), hift.eval()).to(self.device)
         # Asked too early: a later move must not leave it behind.
-        note(f"cosy_impl on {self.cosy_impl.device}")
+        gpus = os.environ["CUDA_VISIBLE_DEVICES"]
+        note(f"cosy_impl on {self.cosy_impl.device}, GPUs {gpus!r}")
         self.frontend = CosyVoiceFrontEnd(f"{model_dir}/campplus.onnx")
 
 

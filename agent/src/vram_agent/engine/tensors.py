@@ -31,13 +31,24 @@ class Member:
     stride: tuple[int, ...]
     offset_items: int
     dtype: torch.dtype
-    version: int = 0
+    is_inference: bool = False
+    version: int | None = 0
 
     def view_of(self, flat: torch.Tensor, offset_bytes: int) -> torch.Tensor:
         """Return the same view, of the storage that lies at ``offset_bytes`` of ``flat``."""
-        typed = flat.view(self.dtype)
         items = offset_bytes // self.dtype.itemsize + self.offset_items
-        return torch.as_strided(typed, self.shape, self.stride, items)
+        if not self.is_inference:
+            return torch.as_strided(flat.view(self.dtype), self.shape, self.stride, items)
+        # One made in inference mode must stay one: pointed at a normal tensor, it has no version
+        # counter that a view of it could share, and slicing it raises.
+        with torch.inference_mode():
+            empty = torch.empty(0, dtype=self.dtype, device=flat.device)
+            return empty.set_(flat.untyped_storage(), items, self.shape, self.stride)
+
+    def point(self, target: torch.Tensor) -> None:
+        """Have the tensor look at what ``target`` looks at."""
+        self.tensor.data = target
+        self.version = read_version(self.tensor)
 
 
 @dataclass(slots=True)
@@ -64,13 +75,13 @@ class SharedStorage:
     def point(self, flat: torch.Tensor) -> None:
         """Have every member look into this storage's place in ``flat``."""
         for member in self.members:
-            member.tensor.data = member.view_of(flat, self.offset_bytes)
-            member.version = member.tensor._version  # noqa: SLF001 - torch's only sign of a write
+            member.point(member.view_of(flat, self.offset_bytes))
 
     def empty(self) -> None:
         """Have every member look at nothing, with as many dimensions as before."""
         for member in self.members:
-            member.tensor.data = torch.empty([0] * len(member.shape), dtype=member.dtype)
+            with torch.inference_mode(mode=member.is_inference):
+                member.point(torch.empty([0] * len(member.shape), dtype=member.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +153,6 @@ _UNMOVABLE: tuple[tuple[Callable[[torch.Tensor], bool], str], ...] = (
         lambda t: type(t).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl,  # noqa: SLF001 - torch has no public test for this
         "its class decides itself what its data is",
     ),
-    (lambda t: t.is_inference(), "tensors made in inference mode cannot be pointed elsewhere"),
     (lambda t: t.is_conj() or t.is_neg(), "it is a lazy conjugate or negative"),
 )
 
@@ -157,6 +167,14 @@ def as_bytes(buffer: Any) -> torch.Tensor:
     # frombuffer keeps the object alive and not its export; only a memoryview between the two keeps
     # a mapping from being closed under a tensor that still looks into it.
     return torch.frombuffer(memoryview(buffer), dtype=torch.uint8)
+
+
+def read_version(tensor: torch.Tensor) -> int | None:
+    """Return how often a tensor was written to; None for one of inference mode: nobody counts."""
+    try:
+        return int(tensor._version)  # noqa: SLF001 - torch's only sign of a write
+    except RuntimeError:
+        return None
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -209,4 +227,12 @@ def describe_view(found: Found, begin_bytes: int) -> Member:
     """Return a tensor as a view of flat bytes, of which it begins at ``begin_bytes``."""
     tensor: torch.Tensor = found.value
     items = begin_bytes // tensor.dtype.itemsize
-    return Member(found.path, tensor, tensor.shape, tensor.stride(), items, tensor.dtype)
+    return Member(
+        found.path,
+        tensor,
+        tensor.shape,
+        tensor.stride(),
+        items,
+        tensor.dtype,
+        tensor.is_inference(),
+    )

@@ -6,7 +6,8 @@ and copies at the speed of the bus. Called by the runtimes (adopt) in the templa
 processes/gpu.py (restore, offload) in the GPU process.
 
 Limits, on purpose: a weight changed through ``.data`` leaves no trace in ``_version`` and is lost
-at offload; all weights of a model share one storage while they are on the device, so
+at offload, and one that was made in inference mode has no version and is copied back each time; all
+weights of a model share one storage while they are on the device, so
 ``copy.deepcopy`` of one of them copies them all; a model with captured CUDA graphs is not
 offloaded, since a graph replays with the addresses that it was captured with.
 """
@@ -34,6 +35,7 @@ from vram_agent.engine.tensors import (
     find_graph,
     find_tensors,
     group_tensors,
+    read_version,
 )
 from vram_agent.engine.weights import Offloaded
 from vram_agent.pages import align
@@ -190,11 +192,12 @@ class TorchWeights:
             tensor = member.tensor
             if tensor.data_ptr() != expected.data_ptr():
                 if tensor.shape == member.shape and tensor.dtype == member.dtype:
-                    member.view_of(self._host, shared.offset_bytes).copy_(tensor.detach())
+                    with torch.inference_mode(mode=member.is_inference):
+                        member.view_of(self._host, shared.offset_bytes).copy_(tensor.detach())
                     notes.append(f"{member.path} was replaced; its new values were kept")
                 else:
                     notes.append(f"{member.path} was replaced; its loaded values are back")
-            elif tensor._version != member.version:  # noqa: SLF001 - torch's only sign of a write
+            elif member.version is None or read_version(tensor) != member.version:
                 is_changed = True
         if is_changed:
             shared.slice_of(self._host).copy_(shared.slice_of(device))

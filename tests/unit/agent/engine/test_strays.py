@@ -94,6 +94,21 @@ def test_a_stray_that_is_to_move_leaves_the_device_and_comes_back(
     assert full_bytes - memory.used_bytes() < 4 * MIB
 
 
+def test_a_stray_made_in_inference_mode_moves_and_can_still_be_sliced(
+    arena: Arena, memory: AnonymousMemory
+) -> None:
+    root = make_root()
+    weights = TorchWeights(root, arena, rules(**{"cache*": "move"}))
+    weights.restore(memory, 1)
+    with torch.inference_mode():
+        root.cache["table"] = torch.arange(6.0).reshape(2, 3)
+    weights.offload()
+    assert (weights.stray_bytes, root.cache["table"].shape) == (0, (0, 0))
+    weights.restore(memory, 1)
+    assert root.cache["table"][1:].tolist() == [[3, 4, 5]]
+    assert root.cache["table"].is_inference()
+
+
 def test_strays_that_cannot_be_kept_stay_and_so_does_the_model(
     arena: Arena, memory: AnonymousMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

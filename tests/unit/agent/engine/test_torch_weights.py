@@ -112,14 +112,33 @@ def test_what_cannot_move_is_left_alone_with_a_reason(arena: Arena, make: Any, w
     assert root.plain.tolist() == [1, 1]
 
 
-def test_a_tensor_of_inference_mode_is_left_alone_with_all_that_shares_its_storage(
-    arena: Arena,
-) -> None:
+def test_a_tensor_made_in_inference_mode_moves_and_stays_what_it_is(arena: Arena) -> None:
     with torch.inference_mode():
-        frozen = torch.ones(4)
-    root = SimpleNamespace(frozen=frozen, other=torch.zeros(1))
+        frozen = torch.arange(4.0)
+        layer = torch.nn.Linear(4, 1)
+    wanted = layer(frozen).item()
+    root = SimpleNamespace(frozen=frozen, view=frozen[2:], layer=layer, other=torch.zeros(1))
     weights = TorchWeights(root, arena)
-    assert [one.path for one in weights.left_alone] == ["model.frozen"]
+    assert not weights.left_alone
+    host = frozen.data_ptr()
+    weights.restore(open_memory(), 1)
+    assert frozen.data_ptr() != host
+    with torch.inference_mode():
+        # Slicing asks for a version counter, unless the tensor still is one of inference mode.
+        assert (frozen[1:].tolist(), root.view.tolist()) == ([1, 2, 3], [2, 3])
+        assert layer(frozen).item() == wanted
+        frozen.add_(1)
+    weights.offload()
+    assert frozen.data_ptr() == host
+    assert (frozen.is_inference(), frozen.tolist(), root.view.tolist()) == (
+        True,
+        [1, 2, 3, 4],
+        [3, 4],
+    )
+    layer.bias.data = torch.ones(1)
+    weights.restore(open_memory(), 1)
+    weights.offload()
+    assert frozen.tolist() == [1, 2, 3, 4]
 
 
 def test_quantised_tensors_are_left_alone(arena: Arena) -> None:

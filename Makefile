@@ -44,13 +44,13 @@ images: programs
 	@$(BIN)/python -m tests.support.project_images
 
 integration: programs ## runtimes, agents and the operator on a real control plane (no root needed)
-	$(PYTEST) tests/models tests/conformance tests/gpu tests/chart tests/integration tests/cluster -m 'not node'
+	$(PYTEST) tests/models tests/conformance tests/gpu tests/chart tests/integration tests/examples tests/cluster -m 'not node'
 
 e2e: images ## the whole system on a local node (root)
 	$(PYTEST) tests/cluster tests/e2e -m node
 
 test: check programs images ## all that CI runs
-	$(PYTEST) tests/models tests/conformance tests/gpu tests/chart tests/integration tests/cluster tests/e2e
+	$(PYTEST) tests/models tests/conformance tests/gpu tests/chart tests/integration tests/examples tests/cluster tests/e2e
 
 cluster-up: setup ## a local Kubernetes; writes .cluster/kubeconfig (LEVEL=control-plane|node)
 	@$(BIN)/python -m tests.cluster up --level $(LEVEL) --dir .cluster

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -143,19 +145,49 @@ class System:
         report: Json = answer.json()
         return report
 
+    def ask_port(self, workload: str, port: int, method: str, path: str) -> Answer:
+        """Ask what else listens in the workload's pod."""
+        with self._connected(workload, port) as connection:
+            connection.request(method, path)
+            return _answer_of(connection)
+
+    @contextmanager
+    def forwarded(self, target: str, port: int) -> Iterator[str]:
+        """``kubectl port-forward`` as a person runs it; the host:port here that leads there."""
+        command = [*self.cluster.kubectl_command(), "--namespace", self.namespace]
+        with subprocess.Popen(
+            [*command, "port-forward", target, f":{port}"], stdout=subprocess.PIPE, text=True
+        ) as forward:
+            try:
+                assert forward.stdout is not None
+                found = re.search(r"127\.0\.0\.1:\d+", forward.stdout.readline())
+                assert found, f"kubectl port-forward {target} ended with {forward.wait()}"
+                yield found[0]
+            finally:
+                forward.terminate()
+
     def _send(
         self, workload: str, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
     ) -> Answer:
         port = CONTROL_PORT if path == "/report" else SERVING_PORT
+        with self._connected(workload, port) as connection:
+            connection.request(method, path, body, dict(headers))
+            return _answer_of(connection)
+
+    @contextmanager
+    def _connected(self, workload: str, port: int) -> Iterator[http.client.HTTPConnection]:
         address = self.pod(workload)["status"]["podIP"]
         connection = http.client.HTTPConnection(address, port, timeout=REQUEST_SECONDS)
         connection.sock = self.cluster.connect(address, port, REQUEST_SECONDS)
         try:
-            connection.request(method, path, body, dict(headers))
-            response = connection.getresponse()
-            return Answer(response.status, response.read(), dict(response.getheaders()))
+            yield connection
         finally:
             connection.close()
+
+
+def _answer_of(connection: http.client.HTTPConnection) -> Answer:
+    response = connection.getresponse()
+    return Answer(response.status, response.read(), dict(response.getheaders()))
 
 
 def true_conditions(obj: Json) -> set[str]:

@@ -10,9 +10,12 @@ import wave
 from pathlib import Path
 
 import pytest
+from openai import OpenAI
+from tritonclient.http import InferenceServerClient, InferInput
+from vram_agent.protocol import SERVING_PORT
 
 from tests import models
-from tests.e2e.system import Json, System
+from tests.e2e.system import REQUEST_SECONDS, Json, System
 from tests.e2e.workloads import DIGITS, WHISPER, workload
 
 
@@ -71,6 +74,31 @@ def test_a_spoken_digit_is_recognised_by_the_onnx_model(speech: System) -> None:
     answer = speech.request("speech", "POST", "/v2/models/digits/infer", body)
     assert answer.status == 200, answer
     assert answer.json()["outputs"][0]["data"] == [clip.digit]
+
+
+def test_the_official_openai_client_transcribes_through_the_service(speech: System) -> None:
+    clip = models.clips()[3]
+    with (
+        speech.forwarded("service/speech", SERVING_PORT) as address,
+        OpenAI(base_url=f"http://{address}/v1", api_key="none", timeout=REQUEST_SECONDS) as client,
+    ):
+        assert {model.id for model in client.models.list()} >= {"whisper", "digits"}
+        heard = client.audio.transcriptions.create(model="whisper", file=clip.path, language="en")
+    assert words(heard.text) == words(clip.text)
+
+
+def test_the_official_triton_client_infers_through_the_service(speech: System) -> None:
+    clip = models.digit_clips()[1]
+    audio = models.read_samples(clip.path).reshape(1, -1)
+    given = InferInput("audio", list(audio.shape), "FP32").set_data_from_numpy(audio)
+    with (
+        speech.forwarded("service/speech", SERVING_PORT) as address,
+        InferenceServerClient(address, network_timeout=REQUEST_SECONDS) as client,
+    ):
+        assert client.is_model_ready("digits")
+        found = client.infer("digits", [given])
+    assert found.as_numpy("digit").tolist() == [clip.digit]
+    assert found.as_numpy("probabilities").argmax() == clip.digit
 
 
 def test_an_idle_model_sinks_to_host_and_comes_back(speech: System) -> None:

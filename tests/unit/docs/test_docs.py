@@ -302,7 +302,10 @@ def strictly(value: dict[str, Any], kind: Any) -> Any:
 
 @pytest.mark.parametrize("document", list(documents()))
 def test_an_example_validates(document: dict[str, Any]) -> None:
-    assert document["apiVersion"] == api.API_VERSION
+    if document["apiVersion"] != api.API_VERSION:
+        # Kubernetes' own: an apiserver is asked about them, in tests/examples.
+        assert document["apiVersion"] in {"v1", "apps/v1"}
+        return
     match document["kind"]:
         case "AgentConfig":
             parse_config(document)

@@ -19,9 +19,9 @@ from vram_operator.core.resources import (
     CONTENT_HASH_ANNOTATION,
     SCALE_FIELD_MANAGER,
     content_hash,
-    make_agent_config,
     make_config_map,
     make_deployment,
+    make_pushed_config,
     make_scale,
     make_service,
     make_trust_config_map,
@@ -99,7 +99,7 @@ def _plan_pushes(visit: Visit) -> tuple[list[PushConfig], datetime | None]:
     workload = visit.snapshot.workload
     if workload.spec.template is None and not workload.spec.models:
         return [], None
-    config = make_agent_config(workload)
+    config = make_pushed_config(workload)
     pushes, waits = [], []
     for pod in visit.pods:
         agent = visit.agent_of(pod.uid)
@@ -133,7 +133,7 @@ def _is_outdated(visit: Visit, pod: Pod, agent: Agent) -> bool:
     report = visit.fresh_report(agent)
     return (
         report is not None
-        and report.agent.mode is AgentMode.SERVE
+        and report.agent.mode is not AgentMode.RUN
         and report.config_generation != visit.snapshot.workload.generation
         and pod.control_port > 0
     )

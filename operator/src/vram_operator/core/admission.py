@@ -29,8 +29,8 @@ from vram_operator.core.snapshot import (
     EvictionVerdict,
     Pod,
     Restart,
-    Target,
 )
+from vram_operator.core.targets import is_rolling_out, say_rollout
 from vram_operator.core.visit import Visit
 
 ANSWER_COUNTS = timedelta(seconds=15)
@@ -205,22 +205,11 @@ def _wait_for_evidence(visit: Visit, candidate: Candidate) -> Wait | None:
     )
 
 
-def is_rolling_out(target: Target) -> bool:
-    """Is the target on its way to another generation of its pods?"""
-    return (
-        target.observed_generation < target.generation
-        or target.updated < min(target.replicas, target.current)
-        or target.current > target.replicas
-    )
-
-
 def _wait_for_rollout(visit: Visit, _: Candidate) -> Wait | None:
     target = visit.snapshot.target
     if target is None or not is_rolling_out(target):
         return None
-    return Wait(
-        reason=Reason.ROLLOUT_IN_PROGRESS, message=f"{target.kind} {target.name} is rolling out"
-    )
+    return Wait(reason=Reason.ROLLOUT_IN_PROGRESS, message=say_rollout(target))
 
 
 def _wait_for_report(visit: Visit, candidate: Candidate) -> Wait | None:

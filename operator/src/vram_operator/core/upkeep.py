@@ -37,6 +37,9 @@ PUSH_REFUSED_AGAIN = timedelta(seconds=300)
 """One that the agent refused, after this: only a new spec can make it acceptable."""
 KNOCK_AGAIN = timedelta(seconds=60)
 """An agent that refuses our calls is asked again after this: its key file may be mended."""
+OTHERS_MEND_WITHIN = timedelta(seconds=15)
+"""A target that is missing or another's is looked at again after this."""
+_OTHERS_MEND = frozenset({Reason.TARGET_NOT_FOUND, Reason.MISSING_LABEL, Reason.CONFLICTED})
 _REFUSED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 
 
@@ -53,14 +56,16 @@ class Upkeep:
 def plan_upkeep(visit: Visit) -> Upkeep:
     """Return what to apply and push.
 
-    1. A refused spec changes nothing, except that one the apiserver refused is tried again.
+    1. A refused spec changes nothing, except that one the apiserver refused is tried again. What
+    another object is to blame for is looked at again: no watch tells of it.
     2. The trust ConfigMap is kept in the namespace of every workload.
     3. In template mode so are the ConfigMap, the Service and the Deployment.
     4. Agents that report another generation of the config are sent ours.
     5. Agents that refuse our calls are asked now and then whether they still do.
     """
     if visit.refusal is not None and visit.refusal.reason is not Reason.INVALID_TEMPLATE:  # 1
-        return Upkeep(())
+        mends_itself = visit.refusal.reason in _OTHERS_MEND
+        return Upkeep((), requeue_at=visit.now + OTHERS_MEND_WITHIN if mends_itself else None)
     objects = tuple(_plan_objects(visit))  # 2, 3
     pushes, again = _plan_pushes(visit)  # 4
     knocks, knock_at = _plan_knocks(visit)  # 5

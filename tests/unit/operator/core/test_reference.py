@@ -79,6 +79,8 @@ def test_what_is_wrong_with_a_target(snapshot: Snapshot, reason: str, words: lis
     accepted = said(snapshot, "Accepted")
     assert (accepted.status, accepted.reason) == ("False", reason)
     assert [word for word in words if word not in accepted.message] == []
+    # Nothing tells us when another object is mended.
+    assert plan(snapshot, NOW).requeue_at == ago(-15)
 
 
 @pytest.mark.parametrize(

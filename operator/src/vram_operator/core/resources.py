@@ -20,7 +20,7 @@ import hashlib
 import json
 from typing import Any
 
-from msgspec import structs
+from msgspec import structs, to_builtins
 from vram_agent.protocol import (
     CONTROL_PORT,
     DEFAULT_PUBLIC_KEY_FILE,
@@ -166,6 +166,15 @@ def make_trust_config_map(snapshot: Snapshot) -> dict[str, Any]:
 def template_hash(template: PodTemplate) -> str:
     """Return a hash of what the user wrote of the pods: all of the template but its replicas."""
     return _hash(encode_sparsely(structs.replace(template, replicas=1)))
+
+
+def is_hash_of(written: str | None, template: PodTemplate) -> bool:
+    """Is this what was written of the template when it was applied, by this build or the first?
+
+    Those hashed nested objects that nobody had set too; their Deployments are not rolled for it.
+    """
+    first = _hash(to_builtins(structs.replace(template, replicas=1)))
+    return written in {template_hash(template), first}
 
 
 def content_hash(manifest: dict[str, Any]) -> str:

@@ -19,13 +19,13 @@ from vram_operator.core.resources import (
     CONTENT_HASH_ANNOTATION,
     SCALE_FIELD_MANAGER,
     content_hash,
+    is_hash_of,
     make_config_map,
     make_deployment,
     make_pushed_config,
     make_scale,
     make_service,
     make_trust_config_map,
-    template_hash,
 )
 from vram_operator.core.snapshot import Agent, Pod, PushAnswer, Target
 from vram_operator.core.turn import earliest
@@ -91,7 +91,7 @@ def _plan_deployment(
 ) -> Iterator[EnsureObject]:
     workload = visit.snapshot.workload
     applied = None if target is None else target.annotations.get(CONTENT_HASH_ANNOTATION)
-    if target is None or applied != template_hash(template):
+    if target is None or not is_hash_of(applied, template):
         image = template.image or visit.snapshot.settings.agent_image
         yield EnsureObject(manifest=make_deployment(workload, template, image))
     if target is not None and target.replicas != template.replicas:

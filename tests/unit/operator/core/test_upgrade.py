@@ -91,6 +91,27 @@ def test_what_a_new_operator_would_render_otherwise_rolls_nothing(
     assert ensured(make_template_spec(template=PLAIN), applied=PLAIN) == []
 
 
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        pytest.param({}, "6bbb1d9084a6919a", id="nothing but defaults"),
+        pytest.param(
+            {"gpu": {"resource": "nvidia.com/gpu", "count": 1}},
+            "d9d7f660640b4e91",
+            id="a default that somebody wrote out",
+        ),
+    ],
+)
+def test_what_the_first_builds_applied_is_not_applied_again(
+    template: dict[str, Any], written: str
+) -> None:
+    workload = make_workload(spec=make_template_spec(template=decode(template, PodTemplate)))
+    target = make_target(workload, annotations={resources.CONTENT_HASH_ANNOTATION: written})
+    snapshot = replace(make_snapshot(workload=workload), target=target)
+    ensured = [one for one in plan(snapshot, NOW).actions if isinstance(one, EnsureObject)]
+    assert ensured == []
+
+
 def test_it_comes_with_the_next_change_of_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
     render_otherwise(monkeypatch)
     (manifest,) = ensured(make_template_spec(template=FULL), applied=PLAIN)

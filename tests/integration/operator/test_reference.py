@@ -48,7 +48,7 @@ def target(kind: str, name: str, label: str = NAME, **spec: Any) -> Object:
 
 async def test_a_stateful_set_of_wrapped_applications_is_watched_over(world: World) -> None:
     world.kubelet.scripts = lambda: Script(mode=AgentMode.RUN)
-    by_hand = {"serviceName": "", "updateStrategy": {"type": "OnDelete"}}
+    by_hand: Object = {"serviceName": "", "updateStrategy": {"type": "OnDelete"}}
     await world.client.create(APPS, "statefulsets", target("StatefulSet", "asr", **by_hand))
     await world.start()
     policy = {"residual": RESIDUAL, "method": "Evict"}
@@ -79,7 +79,7 @@ async def test_models_are_pushed_to_the_targets_own_pods_alone(world: World) -> 
     for name in ("asr", "copied"):
         await world.client.create(APPS, "deployments", target("Deployment", name))
     await world.start()
-    spec = {"models": [MODEL], "queue": {"maxDepth": 7}, "restart": {"residual": RESIDUAL}}
+    spec: Object = {"models": [MODEL], "queue": {"maxDepth": 7}, "restart": {"residual": RESIDUAL}}
     await world.create(referring("Deployment", "asr", **spec))
     (restart,) = await world.until_finished()
     assert restart["status"]["outcome"] == "Recovered"

@@ -142,6 +142,7 @@ class ControlPlane:
                 # The default of 20 requests per second is what start-up and scale tests wait for.
                 "--kube-api-qps=500",
                 "--kube-api-burst=1000",
+                "--horizontal-pod-autoscaler-sync-period=2s",
             ],
         )
         scheduler = self.launcher.start(

@@ -37,8 +37,9 @@ class Reason(StrEnum):
     REPORTING = "Reporting"  # every agent's report is fresh
     AGENT_SILENT = "AgentSilent"  # an agent does not answer, or its report is stale
     NO_AGENTS = "NoAgents"  # no running pod carries the label
+    NO_CONTROL_PORT = "NoControlPort"  # a pod does not say where its agent listens
     CONTROL_REFUSED = "ControlRefused"  # an agent refuses signed calls: it can only be evicted
-    CONFIG_REFUSED = "ConfigRefused"  # an agent refused the pushed config; the message says why
+    CONFIG_REFUSED = "ConfigRefused"  # an agent does not take the spec's config; see the message
 
     # ResidualHigh
     BELOW_THRESHOLD = "BelowThreshold"

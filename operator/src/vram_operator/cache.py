@@ -14,6 +14,7 @@ from typing import Any
 
 from vram_agent.protocol import CONTROL_PORT_ANNOTATION, WORKLOAD_LABEL
 
+from vram_operator.api import FIELD_MANAGER
 from vram_operator.clock import Clock, parse_time
 from vram_operator.kube import PODS, RESTARTS, WORKLOADS, Object, Resource
 
@@ -49,6 +50,9 @@ def trimmed(resource: Resource, obj: Object) -> Object:
     """Return an object without what nobody reads: a pod of 4 KiB becomes one of 1 KiB."""
     if resource is not PODS:
         metadata = {k: v for k, v in obj["metadata"].items() if k != "managedFields"}
+        own = own_fields(obj)
+        if own:
+            metadata["managedFields"] = own
         return {**obj, "metadata": metadata}
     metadata = {name: obj["metadata"][name] for name in _POD_METADATA if name in obj["metadata"]}
     annotations = obj["metadata"].get("annotations") or {}
@@ -65,6 +69,15 @@ def trimmed(resource: Resource, obj: Object) -> Object:
         "spec": {"nodeName": spec.get("nodeName", ""), "containers": containers},
         "status": {name: status[name] for name in kept if name in status},
     }
+
+
+def own_fields(obj: Object) -> list[Object]:
+    """Return which fields are ours: the part of ``managedFields`` that our apply wrote."""
+    return [
+        entry
+        for entry in obj["metadata"].get("managedFields") or []
+        if (entry.get("manager"), entry.get("operation")) == (FIELD_MANAGER, "Apply")
+    ]
 
 
 def ready_condition(pod: Object) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from datetime import datetime
 
 from vram_agent.protocol import Report
 
+from vram_operator.cache import own_fields
 from vram_operator.core.snapshot import (
     Agent,
     CallAnswer,
@@ -26,6 +27,7 @@ from vram_operator.kube import Object
 KEPT_CALLS = 8
 REFUSING = frozenset({401, 403})
 """What an agent answers that does not take our signed calls."""
+_REPLICAS = "f:replicas"
 
 
 class Facts:
@@ -100,12 +102,17 @@ class Facts:
         self._meant.pop(restart_uid, None)
 
     def record_applied(self, path: str, obj: Object) -> None:
-        """Keep what the object at ``path`` looks like after we applied it."""
-        self._applied[path] = _content_digest(obj)
+        """Keep which fields of the object at ``path`` are ours after we applied it."""
+        self._applied[path] = _ownership_digest(obj)
 
     def is_drifted(self, path: str, obj: Object) -> bool:
-        """Did someone change the object since we applied it? Unknown objects are taken as ours."""
-        digest = _content_digest(obj)
+        """Did someone change what we applied? Objects that were not seen before count as applied.
+
+        Who changes a field of ours takes it over. What others add is theirs, and what the
+        apiserver fills in, anew after its upgrade, is nobody's: neither is put back, since that
+        could roll pods.
+        """
+        digest = _ownership_digest(obj)
         return self._applied.setdefault(path, digest) != digest
 
     def record_refusal(self, workload_uid: str, generation: int, message: str) -> None:
@@ -132,15 +139,12 @@ class Facts:
         self._evictions.pop(pod_uid, None)
 
 
-def _content_digest(obj: Object) -> str:
-    # Items of a list have no kind and no apiVersion; what comes alone has.
-    unread = {"metadata", "status", "kind", "apiVersion"}
-    content = {name: value for name, value in obj.items() if name not in unread}
-    template = (obj.get("spec") or {}).get("template")
-    if template is not None:
-        # Scaling and `kubectl rollout restart` are no drift: both are the user's to do.
-        spec = {name: value for name, value in obj["spec"].items() if name != "replicas"}
-        content["spec"] = spec | {"template": template.get("spec")}
-    content["labels"] = obj["metadata"].get("labels")
-    content["ownerReferences"] = obj["metadata"].get("ownerReferences")
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _ownership_digest(obj: Object) -> str:
+    fields = [_without_replicas(entry.get("fieldsV1") or {}) for entry in own_fields(obj)]
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _without_replicas(fields: Object) -> Object:
+    """Return fields without the number of pods: to scale is the user's to do."""
+    spec = {name: value for name, value in fields.get("f:spec", {}).items() if name != _REPLICAS}
+    return {**fields, "f:spec": spec}

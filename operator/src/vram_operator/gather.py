@@ -104,6 +104,7 @@ class Gatherer:
             public_keys=self.public_keys(),
             apply_error=self._facts.refusal(workload.uid, workload.generation),
             target=target,
+            namesake_kind=await self._namesake_kind(key, workload.spec, target),
             objects=objects,
             pods=pods,
             agents=tuple(self._facts.agent(pod.uid) for pod in pods),
@@ -143,6 +144,17 @@ class Gatherer:
         if self._facts.is_drifted(DEPLOYMENTS.path(*key), raw):
             target = replace(target, annotations=_without_hash(target.annotations))
         return target, tuple(objects)
+
+    async def _namesake_kind(self, key: Key, spec: WorkloadSpec, target: Target | None) -> str:
+        """Return the other kind of target where only that has the name, else nothing."""
+        if spec.target_ref is None or target is not None:
+            return ""
+        others = (kind for kind in TARGETS if kind != spec.target_ref.kind)
+        for kind in others:
+            place = (key[0], spec.target_ref.name)
+            if await self._live(TARGETS[kind], place, TARGET_AGE_SECONDS) is not None:
+                return kind
+        return ""
 
     def _owned(self, kind: str, resource: Resource, raw: Object) -> OwnedObject:
         metadata = raw["metadata"]

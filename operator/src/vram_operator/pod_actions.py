@@ -22,6 +22,7 @@ from vram_operator.core.plan import (
     Knock,
     PushConfig,
 )
+from vram_operator.core.resources import config_document
 from vram_operator.core.snapshot import (
     CallAnswer,
     EvictionAnswer,
@@ -30,7 +31,7 @@ from vram_operator.core.snapshot import (
     PushAnswer,
 )
 from vram_operator.facts import Facts
-from vram_operator.kube import PODS, Api, ApiError, Call
+from vram_operator.kube import PODS, Api, ApiError, Call, Object
 from vram_operator.live import Live, StaleError
 
 PodAction = PushConfig | Knock | CallRecycle | CallRestart | DryRunEvict | Evict | DeletePod
@@ -72,9 +73,7 @@ class PodActions:
                 await self._delete_pod(namespace, action)
 
     async def _push_config(self, action: PushConfig) -> None:
-        config = msgspec.to_builtins(action.config)
-        # Constants count as defaults and are left out; the agent wants to see them.
-        body = {"apiVersion": action.config.api_version, "kind": action.config.kind, **config}
+        body = config_document(action.config)
         answer = await self._agents.call(_address(action.pod), "PUT", "/config", body)
         self._facts.record_push(
             action.pod.uid,
@@ -96,9 +95,7 @@ class PodActions:
         self, namespace: str, action: CallRecycle | CallRestart, step: ActionStep
     ) -> None:
         await self._live.ensure_open(namespace, action.restart_name)
-        live = await self._live.pod(namespace, action.pod)
-        if live["metadata"].get("deletionTimestamp"):
-            raise StaleError(f"pod {action.pod.name} is being deleted")
+        await self._ensure_staying(namespace, action.pod)
         path = "/recycle" if step is ActionStep.RECYCLE else "/restart"
         request = RestartRequest(
             restart_id=action.restart_id, drain_timeout_seconds=action.drain_timeout_seconds
@@ -124,6 +121,13 @@ class PodActions:
             status=answer.status,
         )
 
+    async def _ensure_staying(self, namespace: str, pod: Pod) -> Object:
+        """Return the pod as it is now. Raises StaleError if it is another, or on its way out."""
+        live = await self._live.pod(namespace, pod)
+        if live["metadata"].get("deletionTimestamp"):
+            raise StaleError(f"pod {pod.name} is being deleted")
+        return live
+
     async def _dry_run(self, namespace: str, pod: Pod) -> EvictionAnswer:
         live = await self._live.pod(namespace, pod)
         answer = await eviction.ask(self._api, self._clock, live, dry_run=True)
@@ -132,6 +136,7 @@ class PodActions:
 
     async def _evict(self, namespace: str, action: Evict) -> None:
         await self._live.ensure_open(namespace, action.restart_name)
+        await self._ensure_staying(namespace, action.pod)
         answer = await self._dry_run(namespace, action.pod)
         if answer.verdict is not EvictionVerdict.ALLOWED:
             return
@@ -143,7 +148,7 @@ class PodActions:
 
     async def _delete_pod(self, namespace: str, action: DeletePod) -> None:
         await self._live.ensure_open(namespace, action.restart_name)
-        live = await self._live.pod(namespace, action.pod)
+        live = await self._ensure_staying(namespace, action.pod)
         metadata = live["metadata"]
         preconditions = {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]}
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": preconditions}

@@ -130,11 +130,26 @@ def read_target(raw: Object) -> Target:
         current=int(status.get("replicas", 0)),
         updated=int(status.get("updatedReplicas", 0)),
         available=int(status.get("availableReplicas", 0)),
+        to_update=_to_update(raw["kind"], spec),
+        paused=bool(spec.get("paused", False)),
         selector=_selector(spec.get("selector") or {}),
         owner_uid=owner_of(metadata).get("uid", ""),
+        owner_kind=owner_of(metadata).get("kind", ""),
+        owner_name=owner_of(metadata).get("name", ""),
         annotations=metadata.get("annotations") or {},
         template_labels=(spec["template"].get("metadata") or {}).get("labels") or {},
     )
+
+
+def _to_update(kind: str, spec: Mapping[str, Any]) -> int | None:
+    """Return how many pods a StatefulSet updates by itself; None for all, as a Deployment does."""
+    strategy = spec.get("updateStrategy") or {}
+    if kind != "StatefulSet":
+        return None
+    if strategy.get("type") == "OnDelete":
+        return 0
+    partition = int((strategy.get("rollingUpdate") or {}).get("partition") or 0)
+    return max(0, int(spec.get("replicas", 1)) - partition)
 
 
 def _selector(selector: Mapping[str, Any]) -> str:

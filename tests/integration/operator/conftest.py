@@ -61,10 +61,16 @@ async def open_world(server: str, kubeconfig: Path, folder: Path) -> AsyncIterat
     started: list[Operator] = []
     namespace = f"op-{secrets.token_hex(4)}"
 
-    def make(*flags: str, kubeconfig: Path = kubeconfig, all_namespaces: bool = False) -> Operator:
+    def make(
+        *flags: str,
+        kubeconfig: Path = kubeconfig,
+        all_namespaces: bool = False,
+        module: str = "vram_operator",
+    ) -> Operator:
         log = folder / f"operator-{len(started)}.log"
         served = () if all_namespaces else (f"--namespace={namespace}",)
-        operator = Operator(kubeconfig, namespace, log, "--poll-interval=0.5", *served, *flags)
+        always = ("--poll-interval=0.5", *served)
+        operator = Operator(kubeconfig, namespace, log, *always, *flags, module=module)
         started.append(operator)
         return operator
 

@@ -22,7 +22,14 @@ def free_port() -> int:
 class Operator:
     """One replica. Its log is kept for the message of a failing test."""
 
-    def __init__(self, kubeconfig: Path, namespace: str, log: Path, *flags: str) -> None:
+    def __init__(
+        self,
+        kubeconfig: Path,
+        namespace: str,
+        log: Path,
+        *flags: str,
+        module: str = "vram_operator",
+    ) -> None:
         """``namespace`` is its own; which ones it serves is up to the flags."""
         self.port = free_port()
         self._log = log
@@ -31,7 +38,7 @@ class Operator:
             "-W",
             "error",
             "-m",
-            "vram_operator",
+            module,
             "run",
             f"--metrics-port={self.port}",
             "--agent-image=agent:test",

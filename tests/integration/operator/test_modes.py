@@ -163,27 +163,3 @@ async def test_one_operator_can_serve_all_namespaces(world: World) -> None:
     await world.start(all_namespaces=True)
     await world.create(workload())
     await world.until_ready()
-
-
-async def test_what_people_scale_and_roll_stays_as_they_want_it(world: World) -> None:
-    await world.start()
-    await world.create(workload())
-    await world.until_ready()
-    path = world.client.path(VRAM, "gpumodelworkloads", NAME, "scale")
-    await world.client.merge(path, {"spec": {"replicas": 2}})
-    await world.until_condition("Ready", "True")
-
-    async def has_two() -> bool:
-        found = await world.workload()
-        return bool(found and found["status"].get("readyReplicas") == 2)
-
-    await eventually(has_two, "two replicas")
-    stamp = {"metadata": {"annotations": {"kubectl.kubernetes.io/restartedAt": "now"}}}
-    path = world.client.path(APPS, "deployments", NAME)
-    await world.client.merge(path, {"spec": {"template": stamp}})
-    await asyncio.sleep(3)
-    found = await world.deployment()
-    assert found is not None
-    assert found["spec"]["template"]["metadata"]["annotations"][
-        "kubectl.kubernetes.io/restartedAt"
-    ] == ("now")

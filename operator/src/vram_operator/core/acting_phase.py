@@ -21,8 +21,8 @@ from vram_operator.api import (
     RestartOutcome,
 )
 from vram_operator.core.admission import AGENT_STEPS, ANSWER_COUNTS
-from vram_operator.core.condition_list import Finding
-from vram_operator.core.figures import show_time
+from vram_operator.core.condition_list import Finding, is_true
+from vram_operator.core.figures import name_some, show_time
 from vram_operator.core.phases import boot_before, open_attempt, restart_id
 from vram_operator.core.plan import Action, CallRecycle, CallRestart, DeletePod, Evict
 from vram_operator.core.queue_phase import find_restart_pod
@@ -209,7 +209,9 @@ def _advance_removal(visit: Visit, restart: Restart) -> Turn:
     1. The pod is gone or on its way out: the replacement is to be measured.
     2. The real eviction was blocked after all: the step is withdrawn, and it waits again.
     3. The time is over: the next step.
-    4. The pod is evicted or deleted, or again.
+    4. Requests run or wait, and their time is not over: they are waited for. The pod stays ready
+    meanwhile: a budget that lets a ready pod go may not let one go that is not.
+    5. The pod is evicted or deleted, or again.
     """
     pod = find_restart_pod(visit, restart)
     attempt = open_attempt(restart.status)
@@ -233,16 +235,65 @@ def _advance_removal(visit: Visit, restart: Restart) -> Turn:
         return climb(visit, restart, RestartOutcome.FAILED, message)
     if answer is not None and not answer.dry_run and visit.now < answer.at + ANSWER_COUNTS:
         return Turn(restart=restart, requeue_at=answer.at + ANSWER_COUNTS)
+    report = visit.fresh_report(visit.agent_of(pod.uid))
+    busy = "" if report is None else _say_busy(report)
+    drained_by = attempt.start_time + timedelta(seconds=restart.spec.drain_timeout_seconds)
+    if busy and visit.now < drained_by:  # 4
+        finding = Finding(
+            RestartCondition.DRAINED,
+            ConditionStatus.FALSE,
+            Reason.DRAINING,
+            f"what is accepted is waited for until {show_time(drained_by)}",
+            busy,
+        )
+        return Turn(restart=note(visit, restart, finding), requeue_at=drained_by)
+    restart = note(visit, restart, _drain_before_removal(restart, busy))
     action: Action
     if attempt.method is RestartMethod.DELETE:
         action = DeletePod(pod=pod, restart_name=restart.name)
     else:
         action = Evict(pod=pod, restart_name=restart.name)
-    return Turn(restart=restart, actions=(action,), requeue_at=visit.now + ANSWER_COUNTS)  # 4
+    return Turn(restart=restart, actions=(action,), requeue_at=visit.now + ANSWER_COUNTS)  # 5
+
+
+def _say_busy(report: Report) -> str:
+    """Return what an agent is still at; empty when it is idle."""
+    counts = {model.name: model.in_flight + model.queued for model in report.models}
+    at_work = [f"{name} has {count} requests" for name, count in counts.items() if count]
+    if at_work:
+        return name_some(at_work)
+    return "" if report.idle else "the agent is not idle"
+
+
+def _drain_before_removal(restart: Restart, busy: str) -> Finding:
+    """Say how the wait ended. What runs still has the pod's own grace period after it."""
+    if not busy:
+        message = "what is accepted from now on has the pod's grace period"
+        return Finding(
+            RestartCondition.DRAINED, ConditionStatus.TRUE, Reason.NOTHING_TO_DRAIN, message
+        )
+    return Finding(
+        RestartCondition.DRAINED,
+        ConditionStatus.TRUE,
+        Reason.DRAIN_TIMEOUT,
+        f"not all was finished within {restart.spec.drain_timeout_seconds} s; what is left has the "
+        "pod's grace period",
+        busy,
+    )
 
 
 def _is_blocked(answer: EvictionAnswer) -> bool:
     return answer.verdict in {EvictionVerdict.BLOCKED, EvictionVerdict.FAILED}
+
+
+def _drained_at_last(restart: Restart) -> tuple[Finding, ...]:
+    """Say that the pod's own end drained it, where nothing was said before it went."""
+    if is_true(restart.status.conditions, RestartCondition.DRAINED):
+        return ()
+    message = "the agent drains when the pod is told to end"
+    return (
+        Finding(RestartCondition.DRAINED, ConditionStatus.TRUE, Reason.NOTHING_TO_DRAIN, message),
+    )
 
 
 def _removed(visit: Visit, restart: Restart) -> Turn:
@@ -252,12 +303,7 @@ def _removed(visit: Visit, restart: Restart) -> Turn:
         restart=note(
             visit,
             restart,
-            Finding(
-                RestartCondition.DRAINED,
-                ConditionStatus.TRUE,
-                Reason.NOTHING_TO_DRAIN,
-                "the agent drains when the pod is told to end",
-            ),
+            *_drained_at_last(restart),
             Finding(RestartCondition.RESTARTED, ConditionStatus.TRUE, Reason.RESTARTED, message),
             Finding(
                 RestartCondition.RECOVERED,

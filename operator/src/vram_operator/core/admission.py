@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from math import floor
 
+from vram_agent.protocol import AgentMode
+
 from vram_operator.api import (
     MINIMUM_IN_PLACE_COOLDOWN_SECONDS,
     Reason,
@@ -29,8 +31,8 @@ from vram_operator.core.snapshot import (
     EvictionVerdict,
     Pod,
     Restart,
-    Target,
 )
+from vram_operator.core.targets import is_rolling_out, say_rollout
 from vram_operator.core.visit import Visit
 
 ANSWER_COUNTS = timedelta(seconds=15)
@@ -205,22 +207,11 @@ def _wait_for_evidence(visit: Visit, candidate: Candidate) -> Wait | None:
     )
 
 
-def is_rolling_out(target: Target) -> bool:
-    """Is the target on its way to another generation of its pods?"""
-    return (
-        target.observed_generation < target.generation
-        or target.updated < min(target.replicas, target.current)
-        or target.current > target.replicas
-    )
-
-
 def _wait_for_rollout(visit: Visit, _: Candidate) -> Wait | None:
     target = visit.snapshot.target
     if target is None or not is_rolling_out(target):
         return None
-    return Wait(
-        reason=Reason.ROLLOUT_IN_PROGRESS, message=f"{target.kind} {target.name} is rolling out"
-    )
+    return Wait(reason=Reason.ROLLOUT_IN_PROGRESS, message=say_rollout(target))
 
 
 def _wait_for_report(visit: Visit, candidate: Candidate) -> Wait | None:
@@ -295,10 +286,8 @@ def _wait_for_availability(visit: Visit, candidate: Candidate) -> Wait | None:
 
 def _wait_for_budgets(visit: Visit, candidate: Candidate) -> Wait | None:
     pod, method = candidate.pod, candidate.method
-    takes_away = method is RestartMethod.EVICT or (
-        pod.ready and method is not RestartMethod.RECYCLE
-    )
-    if not takes_away:
+    takes_away = pod.ready and not _stays_ready(visit, pod, method)
+    if not takes_away and method is not RestartMethod.EVICT:
         return None
     hidden = _hidden_disruption(visit, candidate)
     if hidden:
@@ -343,10 +332,16 @@ def _hidden_disruption(visit: Visit, candidate: Candidate) -> str:
         if restart.name not in running or restart.uid == candidate.restart.uid:
             continue
         pod = next((pod for pod in visit.pods if pod.name == restart.spec.pod.name), None)
-        recycles = (
-            is_active(restart.status)
-            and open_attempt(restart.status).method is RestartMethod.RECYCLE
-        )
-        if pod is not None and pod.ready and not recycles:
+        if pod is None or not pod.ready:
+            continue
+        is_at_work = is_active(restart.status)
+        if not is_at_work or not _stays_ready(visit, pod, open_attempt(restart.status).method):
             return restart.name
     return ""
+
+
+def _stays_ready(visit: Visit, pod: Pod, method: RestartMethod) -> bool:
+    """Does the pod serve on through the step? A wrapped application has to start anew."""
+    report = visit.agent_of(pod.uid).report
+    is_wrapped = report is not None and report.agent.mode is AgentMode.RUN
+    return method is RestartMethod.RECYCLE and not is_wrapped

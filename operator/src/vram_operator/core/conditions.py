@@ -6,11 +6,20 @@ and no message carries a figure that moves with every report. Called by ``status
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from vram_agent.protocol import ModelState, parse_quantity
+from msgspec import structs
+from vram_agent.protocol import (
+    CONTROL_PORT_ANNOTATION,
+    AgentMode,
+    HostMemoryPolicy,
+    ModelState,
+    QueuePolicy,
+    VramPolicy,
+    parse_quantity,
+)
 
 from vram_operator.api import (
     Condition,
@@ -138,7 +147,26 @@ def _accepted(visit: Visit) -> Finding:
     type_ = WorkloadCondition.ACCEPTED
     if visit.refusal is not None:
         return Finding(type_, _FALSE, visit.refusal.reason, visit.refusal.message)
-    return Finding(type_, _TRUE, Reason.ACCEPTED)
+    return Finding(type_, _TRUE, Reason.ACCEPTED, "; ".join(_find_oddities(visit)))
+
+
+def _find_oddities(visit: Visit) -> Iterator[str]:
+    """Yield what of an accepted spec has no effect, or not the one that may be expected."""
+    spec = visit.snapshot.workload.spec
+    sent = {
+        "vram": structs.replace(spec.vram, warn_above="") != VramPolicy(),
+        "hostMemory": spec.host_memory != HostMemoryPolicy(),
+        "queue": spec.queue != QueuePolicy(),
+    }
+    unsent = [name for name, is_set in sent.items() if is_set]
+    if spec.target_ref is not None and not spec.models and unsent:
+        yield (
+            f"{', '.join(unsent)} of the spec are sent to no agent: without spec.models the agents "
+            "keep the config that they were started with"
+        )
+    if visit.strays:
+        names = name_some([pod.name for pod in visit.strays])
+        yield f"{names}: the label is there, but something else runs these pods; left alone"
 
 
 def _ready(visit: Visit) -> Finding:
@@ -192,24 +220,32 @@ def next_silence(visit: Visit) -> datetime | None:
 def _agents_reporting(visit: Visit) -> Finding:
     """Do all agents report, and take our word?
 
-    1. There are none. 2. One was silent for too long. 3. One refuses our calls. 4. One refuses
-    its config. 5. One is so young that its first report may still come.
+    1. There are none. 2. One cannot be found. 3. One was silent for too long. 4. One refuses our
+    calls. 5. One does not take its config. 6. One is so young that its first report may still come.
     """
     type_ = WorkloadCondition.AGENTS_REPORTING
     expected = expected_agents(visit)
     agents = {pod.name: visit.agent_of(pod.uid) for pod in expected}
     if not expected:  # 1
         return Finding(type_, _UNKNOWN, Reason.NO_AGENTS, "no pod of the workload runs an agent")
+    homeless = [pod.name for pod in expected if not pod.control_port]
+    if homeless:  # 2
+        return Finding(type_, _FALSE, Reason.NO_CONTROL_PORT, _say_homeless(homeless))
     states = {
         pod.name: agent_state(pod, agents[pod.name], visit.silent, visit.now) for pod in expected
     }
     silent = _names_in(states, AgentState.SILENT)
-    if silent:  # 2
+    if silent:  # 3
         return Finding(
-            type_, _FALSE, Reason.AGENT_SILENT, f"no fresh report from {name_some(silent)}"
+            type_,
+            _FALSE,
+            Reason.AGENT_SILENT,
+            f"no fresh report from {name_some(silent)}; see that vram-agent runs there and that "
+            "the operator can reach its control port",
+            agents[silent[0]].error,
         )
     refusing = _names_in(states, AgentState.REFUSING)
-    if refusing:  # 3
+    if refusing:  # 4
         return Finding(
             type_,
             _FALSE,
@@ -217,23 +253,41 @@ def _agents_reporting(visit: Visit) -> Finding:
             f"{name_some(refusing)}: the agent refuses the operator's calls and can only be "
             "evicted; mount the ConfigMap vram-agent-trust and set POD_UID",
         )
-    unpushed = {
-        name: agent.push.message
-        for name, agent in agents.items()
-        if agent.push is not None
-        and agent.push.generation == visit.snapshot.workload.generation
-        and 400 <= agent.push.status < 500
-        and agent.report is not None
-        and agent.report.config_generation != visit.snapshot.workload.generation
-    }
-    if unpushed:  # 4
+    unpushed = {name: why for name, agent in agents.items() if (why := _why_unpushed(visit, agent))}
+    if unpushed:  # 5
         first = min(unpushed)
         return Finding(type_, _FALSE, Reason.CONFIG_REFUSED, f"{first}: {unpushed[first]}")
-    starting = _names_in(states, AgentState.STARTING)
-    if starting:  # 5
-        names = name_some(starting)
-        return Finding(type_, _UNKNOWN, Reason.PENDING, f"waiting for the first report of {names}")
-    return Finding(type_, _TRUE, Reason.REPORTING)
+    return _say_starting(type_, _names_in(states, AgentState.STARTING))  # 6
+
+
+def _say_homeless(names: list[str]) -> str:
+    return (
+        f"{name_some(names)}: no container port is named control, and there is no annotation "
+        f"{CONTROL_PORT_ANNOTATION}; add one of them to the pod template"
+    )
+
+
+def _say_starting(type_: WorkloadCondition, names: list[str]) -> Finding:
+    if not names:
+        return Finding(type_, _TRUE, Reason.REPORTING)
+    message = f"waiting for the first report of {name_some(names)}"
+    return Finding(type_, _UNKNOWN, Reason.PENDING, message)
+
+
+def _why_unpushed(visit: Visit, agent: Agent) -> str:
+    """Return why the agent does not run by the workload's config, empty if it does or may yet."""
+    workload, report, push = visit.snapshot.workload, agent.report, agent.push
+    if report is None or report.config_generation == workload.generation:
+        return ""
+    if workload.spec.models and report.agent.mode is AgentMode.RUN:
+        return (
+            "its agent wraps an application, whose models are its own; "
+            "leave spec.models out, or serve them with vram-agent serve"
+        )
+    is_refused = push is not None and 400 <= push.status < 500
+    if push is None or not is_refused or push.generation != workload.generation:
+        return ""
+    return push.message
 
 
 def _names_in(states: Mapping[str, AgentState], wanted: AgentState) -> list[str]:

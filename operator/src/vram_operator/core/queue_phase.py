@@ -5,6 +5,7 @@ Called by ``restarts``. What it waits for is found by ``admission``; here is wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from vram_operator.api import (
@@ -19,8 +20,8 @@ from vram_operator.api import (
 from vram_operator.core.admission import AGENT_STEPS, Candidate, Wait, find_wait
 from vram_operator.core.condition_list import Finding, find_condition
 from vram_operator.core.evidence import EvidenceReason
-from vram_operator.core.figures import show_time, whole_seconds
-from vram_operator.core.phases import concerns, next_rung
+from vram_operator.core.figures import name_some, show_time, whole_seconds
+from vram_operator.core.phases import concerns, next_rung, rungs
 from vram_operator.core.plan import Blocked, DryRunEvict, EmitEvent
 from vram_operator.core.schedule import starting_deadline
 from vram_operator.core.snapshot import ActiveRestart, Pod, Restart
@@ -146,9 +147,15 @@ def _last_word(restart: Restart) -> str:
 
 
 def _find_obstacle(visit: Visit, candidate: Candidate) -> str:
-    """Return why the agent cannot do the step at all; empty when it can."""
+    """Return why the step is of no use at all; empty when it is.
+
+    The pod keeps its place through the agent's own steps, so none brings back a GPU that is gone.
+    """
     if candidate.method not in AGENT_STEPS:
         return ""
+    lost = visit.lost_gpus(candidate.pod)
+    if lost:
+        return say_lost(lost)
     if not candidate.pod.control_port:
         return "the pod has no control port"
     if visit.agent_of(candidate.pod.uid).refuses:
@@ -156,14 +163,38 @@ def _find_obstacle(visit: Visit, candidate: Candidate) -> str:
     return ""
 
 
+def say_lost(uuids: Sequence[str]) -> str:
+    """Say that GPUs are gone, and what helps."""
+    return f"{name_some(uuids)} is gone from the node: only a new pod gets another GPU"
+
+
 def _pretend(visit: Visit, candidate: Candidate) -> Turn:
-    doing = f"would {candidate.method} pod {candidate.pod.name}"
-    what = ": ".join(filter(None, (doing, candidate.restart.spec.reason)))
+    """End a dry run with what would be done. Whether a budget forbids it is really asked.
+
+    A dry-run eviction changes nothing, so that too may be known.
+    """
     wait = find_wait(visit, candidate)
-    if wait is not None and not wait.ask:
+    if wait is not None and wait.ask:
+        return _hold(visit, candidate, wait)
+    what = _say_steps(visit, candidate)
+    if wait is not None:
         what = f"{what}; it would wait: {wait.reason}: {wait.message}"
     end = End(RestartOutcome.DRY_RUN, RestartCondition.ADMITTED, Reason.DRY_RUN, what)
     return finish(visit, candidate.restart, end)
+
+
+def _say_steps(visit: Visit, candidate: Candidate) -> str:
+    """Return the step, and those that would follow while it does not help."""
+    spec, name = candidate.restart.spec, candidate.pod.name
+    allow_delete = visit.snapshot.settings.allow_delete
+    ladder = rungs(spec.method, spec.trigger, allow_delete=allow_delete)
+    later = ladder[ladder.index(candidate.method) + 1 :]
+    obstacle = _find_obstacle(visit, candidate)
+    doing = f"would {candidate.method} pod {name}"
+    said = ": ".join(filter(None, (doing, spec.reason)))
+    if obstacle:
+        said = f"{said}; that is of no use ({obstacle})"
+    return f"{said}; then {', '.join(later)} while it does not help" if later else said
 
 
 def _hold(visit: Visit, candidate: Candidate, wait: Wait) -> Turn:

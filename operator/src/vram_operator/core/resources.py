@@ -20,7 +20,7 @@ import hashlib
 import json
 from typing import Any
 
-import msgspec
+from msgspec import structs, to_builtins
 from vram_agent.protocol import (
     CONTROL_PORT,
     DEFAULT_PUBLIC_KEY_FILE,
@@ -43,6 +43,7 @@ from vram_operator.api import (
 )
 from vram_operator.core.podspec import merge_pod_spec
 from vram_operator.core.snapshot import Snapshot, Workload
+from vram_operator.core.sparse import encode_sparsely
 
 CONTENT_HASH_ANNOTATION = "vram.dev/content-hash"
 """What was applied last: on Service and ConfigMap all of it, on the Deployment the user's part."""
@@ -73,15 +74,26 @@ def make_agent_config(workload: Workload) -> AgentConfig:
     )
 
 
+def make_pushed_config(workload: Workload) -> AgentConfig:
+    """Return the config for agents that run: without what belongs to their process and pod.
+
+    An agent keeps its own where the config leaves a default. What it cannot take while it runs
+    (``device``), and what its pod was not made for (``drain``), comes with the next pod.
+    """
+    return structs.replace(
+        make_agent_config(workload), device=DevicePreference.AUTO, drain=DrainPolicy()
+    )
+
+
+def config_document(config: AgentConfig) -> dict[str, Any]:
+    """Return a config as an agent of any version reads it: only what somebody set."""
+    # apiVersion and kind are defaults and would stay unwritten; a reader looks for them first.
+    return {"apiVersion": config.api_version, "kind": config.kind, **encode_sparsely(config)}
+
+
 def make_config_map(workload: Workload) -> dict[str, Any]:
     """Return the ConfigMap that holds the agents' config."""
-    config = make_agent_config(workload)
-    # apiVersion and kind are defaults and would stay unwritten; a reader looks for them first.
-    document = {
-        "apiVersion": config.api_version,
-        "kind": config.kind,
-        **msgspec.to_builtins(config),
-    }
+    document = config_document(make_agent_config(workload))
     manifest = _owned(workload, "v1", "ConfigMap")
     manifest["data"] = {CONFIG_KEY: json.dumps(document, indent=2) + "\n"}
     return _stamped(manifest)
@@ -153,7 +165,16 @@ def make_trust_config_map(snapshot: Snapshot) -> dict[str, Any]:
 
 def template_hash(template: PodTemplate) -> str:
     """Return a hash of what the user wrote of the pods: all of the template but its replicas."""
-    return _hash(msgspec.to_builtins(msgspec.structs.replace(template, replicas=1)))
+    return _hash(encode_sparsely(structs.replace(template, replicas=1)))
+
+
+def is_hash_of(written: str | None, template: PodTemplate) -> bool:
+    """Is this what was written of the template when it was applied, by this build or the first?
+
+    Those hashed nested objects that nobody had set too; their Deployments are not rolled for it.
+    """
+    first = _hash(to_builtins(structs.replace(template, replicas=1)))
+    return written in {template_hash(template), first}
 
 
 def content_hash(manifest: dict[str, Any]) -> str:

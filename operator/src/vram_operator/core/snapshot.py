@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from vram_agent.protocol import ActionStep, ModelState, Report, ResidualSource
+from vram_agent.protocol import ActionStep, DeviceKind, ModelState, Report, ResidualSource
 
 from vram_operator.api import RestartSpec, RestartStatus, WorkloadSpec, WorkloadStatus
 from vram_operator.core.trend import NO_TRACK, Point, Track, extend_track
@@ -108,7 +108,8 @@ class Target:
 
     ``annotations`` are its own; without ``vram.dev/content-hash`` the plan applies it again.
     ``replicas`` is what its spec wants; ``current``, ``updated``, ``available`` come from its
-    status. ``selector`` is its label selector as text, for the scale subresource.
+    status. ``to_update`` is how many pods its strategy brings to the newest template by itself,
+    None for all of them. ``selector`` is its label selector as text, for the scale subresource.
     """
 
     kind: str
@@ -120,8 +121,12 @@ class Target:
     current: int
     updated: int
     available: int
+    to_update: int | None = None
+    paused: bool = False
     selector: str = ""
     owner_uid: str = ""
+    owner_kind: str = ""
+    owner_name: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
     template_labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -188,7 +193,8 @@ class Agent:
     """What is known of the agent in one pod: its latest report, history and answers.
 
     ``refuses`` is true when it last answered 401 or 403 to a signed call, ``refused_at`` when it
-    did; ``error`` says why the last poll failed, empty when it did not.
+    did; ``error`` says why the last poll failed, empty when it did not. ``gpus`` are the UUIDs of
+    all GPUs that it ever reported, ``gpus_missing_since`` since when not all are reported.
     """
 
     pod_uid: str
@@ -196,6 +202,8 @@ class Agent:
     received_at: datetime | None = None
     history: tuple[ResidualSample, ...] = ()
     track: Track = NO_TRACK
+    gpus: frozenset[str] = frozenset()
+    gpus_missing_since: datetime | None = None
     refuses: bool = False
     refused_at: datetime | None = None
     error: str = ""
@@ -279,6 +287,8 @@ class Snapshot:
     apply_error: str = ""
     """What the apiserver said when it refused a generated object of this generation for good."""
     target: Target | None = None
+    namesake_kind: str = ""
+    """The other kind of target, where there is one of the name that ``targetRef`` has."""
     objects: tuple[OwnedObject, ...] = ()
     pods: tuple[Pod, ...] = ()
     agents: tuple[Agent, ...] = ()
@@ -353,14 +363,23 @@ def hear(agent: Agent, report: Report, at: datetime, keep_seconds: float) -> Age
     Raises ValueError when the report's time is no time.
     """
     sample = sample_of(report, at)
+    present = gpus_of(report)
+    is_complete = agent.gpus <= present
     return replace(
         agent,
         report=report,
         received_at=at,
         history=extend_history(agent.history, sample, keep_seconds),
         track=extend_track(agent.track, (sample.boot_id, sample.epoch), _point_of(report, sample)),
+        gpus=agent.gpus | present,
+        gpus_missing_since=None if is_complete else agent.gpus_missing_since or at,
         error="",
     )
+
+
+def gpus_of(report: Report) -> frozenset[str]:
+    """Return the UUIDs of the GPUs and slices in a report."""
+    return frozenset(one.uuid for one in report.devices if one.kind is not DeviceKind.CPU)
 
 
 def _point_of(report: Report, sample: ResidualSample) -> Point | None:

@@ -19,13 +19,13 @@ from vram_operator.core.resources import (
     CONTENT_HASH_ANNOTATION,
     SCALE_FIELD_MANAGER,
     content_hash,
-    make_agent_config,
+    is_hash_of,
     make_config_map,
     make_deployment,
+    make_pushed_config,
     make_scale,
     make_service,
     make_trust_config_map,
-    template_hash,
 )
 from vram_operator.core.snapshot import Agent, Pod, PushAnswer, Target
 from vram_operator.core.turn import earliest
@@ -37,6 +37,9 @@ PUSH_REFUSED_AGAIN = timedelta(seconds=300)
 """One that the agent refused, after this: only a new spec can make it acceptable."""
 KNOCK_AGAIN = timedelta(seconds=60)
 """An agent that refuses our calls is asked again after this: its key file may be mended."""
+OTHERS_MEND_WITHIN = timedelta(seconds=15)
+"""A target that is missing or another's is looked at again after this."""
+_OTHERS_MEND = frozenset({Reason.TARGET_NOT_FOUND, Reason.MISSING_LABEL, Reason.CONFLICTED})
 _REFUSED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 
 
@@ -53,14 +56,16 @@ class Upkeep:
 def plan_upkeep(visit: Visit) -> Upkeep:
     """Return what to apply and push.
 
-    1. A refused spec changes nothing, except that one the apiserver refused is tried again.
+    1. A refused spec changes nothing, except that one the apiserver refused is tried again. What
+    another object is to blame for is looked at again: no watch tells of it.
     2. The trust ConfigMap is kept in the namespace of every workload.
     3. In template mode so are the ConfigMap, the Service and the Deployment.
     4. Agents that report another generation of the config are sent ours.
     5. Agents that refuse our calls are asked now and then whether they still do.
     """
     if visit.refusal is not None and visit.refusal.reason is not Reason.INVALID_TEMPLATE:  # 1
-        return Upkeep(())
+        mends_itself = visit.refusal.reason in _OTHERS_MEND
+        return Upkeep((), requeue_at=visit.now + OTHERS_MEND_WITHIN if mends_itself else None)
     objects = tuple(_plan_objects(visit))  # 2, 3
     pushes, again = _plan_pushes(visit)  # 4
     knocks, knock_at = _plan_knocks(visit)  # 5
@@ -86,7 +91,7 @@ def _plan_deployment(
 ) -> Iterator[EnsureObject]:
     workload = visit.snapshot.workload
     applied = None if target is None else target.annotations.get(CONTENT_HASH_ANNOTATION)
-    if target is None or applied != template_hash(template):
+    if target is None or not is_hash_of(applied, template):
         image = template.image or visit.snapshot.settings.agent_image
         yield EnsureObject(manifest=make_deployment(workload, template, image))
     if target is not None and target.replicas != template.replicas:
@@ -99,7 +104,7 @@ def _plan_pushes(visit: Visit) -> tuple[list[PushConfig], datetime | None]:
     workload = visit.snapshot.workload
     if workload.spec.template is None and not workload.spec.models:
         return [], None
-    config = make_agent_config(workload)
+    config = make_pushed_config(workload)
     pushes, waits = [], []
     for pod in visit.pods:
         agent = visit.agent_of(pod.uid)
@@ -133,7 +138,7 @@ def _is_outdated(visit: Visit, pod: Pod, agent: Agent) -> bool:
     report = visit.fresh_report(agent)
     return (
         report is not None
-        and report.agent.mode is AgentMode.SERVE
+        and report.agent.mode is not AgentMode.RUN
         and report.config_generation != visit.snapshot.workload.generation
         and pod.control_port > 0
     )

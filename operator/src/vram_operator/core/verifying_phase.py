@@ -15,7 +15,7 @@ from vram_operator.core.admission import AGENT_STEPS
 from vram_operator.core.condition_list import find_condition
 from vram_operator.core.figures import show_bytes, show_time
 from vram_operator.core.phases import boot_before, open_attempt, restart_id
-from vram_operator.core.queue_phase import find_restart_pod
+from vram_operator.core.queue_phase import find_restart_pod, say_lost
 from vram_operator.core.snapshot import Pod, ResidualSample, Restart, parse_time, sample_of
 from vram_operator.core.turn import (
     End,
@@ -45,9 +45,10 @@ def advance_verifying(visit: Visit, restart: Restart) -> Turn:
 
     1. The pod that keeps its place went away: there is nothing left to measure.
     2. The pod is not ready, or has no fresh report from after the step: it waits, then Failed.
-    3. There is no threshold, or the residual is not above it: Recovered.
-    4. The residual is above it, quiet and settled: the next step, or NotRecovered.
-    5. Nothing can be told from the report: it waits, then Failed.
+    3. A GPU of the pod is gone from the node: the next step, or NotRecovered.
+    4. There is no threshold, or the residual is not above it: Recovered.
+    5. The residual is above it, quiet and settled: the next step, or NotRecovered.
+    6. Nothing can be told from the report: it waits, then Failed.
     """
     attempt = open_attempt(restart.status)
     pod = _find_subject(visit, restart)
@@ -58,20 +59,31 @@ def advance_verifying(visit: Visit, restart: Restart) -> Turn:
     report = None if pod is None else _report_after(visit, restart, pod)
     if pod is None or report is None:  # 2
         return _wait(visit, restart, Reason.NO_REPORT, _say_missing(pod, restart))
+    if visit.agent_of(pod.uid).gpus_missing_since is not None:  # 3
+        return _without_gpu(visit, restart, pod, report)
     threshold = visit.threshold_bytes
     sample = sample_of(report, visit.now)
     known = sample.source is not ResidualSource.UNKNOWN
-    if threshold is None or (known and sample.residual_bytes <= threshold):  # 3
+    if threshold is None or (known and sample.residual_bytes <= threshold):  # 4
         return _recover(visit, restart, pod, report)
     settled = _restarted_at(restart) + SETTLE
-    if known and sample.quiet and _received_at(visit, pod) >= settled:  # 4
+    if known and sample.quiet and _received_at(visit, pod) >= settled:  # 5
         message = (
             f"{attempt.method} left a residual of {show_bytes(sample.residual_bytes)}, "
             f"above {show_bytes(threshold)}"
         )
         measured = _measure(restart, pod, report)
         return climb(visit, measured, RestartOutcome.NOT_RECOVERED, message)
-    return _wait(visit, restart, Reason.NOT_IDLE, _say_unclear(sample))  # 5
+    return _wait(visit, restart, Reason.NOT_IDLE, _say_unclear(sample))  # 6
+
+
+def _without_gpu(visit: Visit, restart: Restart, pod: Pod, report: Report) -> Turn:
+    """Branch 3: an agent that fell back to the CPU has no residual, and has not recovered."""
+    lost = visit.lost_gpus(pod)
+    if not lost:
+        return _wait(visit, restart, Reason.NO_EVIDENCE, "its report leaves out a GPU that it had")
+    measured = _measure(restart, pod, report)
+    return climb(visit, measured, RestartOutcome.NOT_RECOVERED, say_lost(lost))
 
 
 def _find_subject(visit: Visit, restart: Restart) -> Pod | None:

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from vram_agent.protocol import Report, parse_quantity
 
 from vram_operator.api import (
+    WORKLOAD_KIND,
     WORKLOAD_LABEL,
     Reason,
     RestartMethod,
@@ -31,7 +32,11 @@ from vram_operator.core.schedule import (
     parse_timetable,
     spread,
 )
-from vram_operator.core.snapshot import Agent, Pod, Restart, Snapshot
+from vram_operator.core.snapshot import Agent, Pod, Restart, Snapshot, gpus_of
+from vram_operator.core.targets import is_of_another
+
+GPU_IS_LOST = timedelta(seconds=30)
+"""A GPU that reports leave out for so long is gone from the node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,9 @@ class Visit:
     timetable: Timetable
     refusal: Refusal | None
     pods: tuple[Pod, ...]
-    """The pods that are there to stay, by name."""
+    """The pods of the target that are there to stay, by name."""
+    strays: tuple[Pod, ...]
+    """Pods that carry the workload's label and are run by something else: left alone."""
     agents: Mapping[str, Agent]
     """What is known of agents, by the UID of their pods."""
 
@@ -94,6 +101,17 @@ class Visit:
         if agent.received_at is None or self.now - agent.received_at > self.fresh:
             return None
         return agent.report
+
+    def lost_gpus(self, pod: Pod) -> tuple[str, ...]:
+        """Return the GPUs that the pod had and that its node does not have any more.
+
+        One that a report or two leave out is not lost: a driver may be slow to answer.
+        """
+        agent = self.agent_of(pod.uid)
+        report, since = self.fresh_report(agent), agent.gpus_missing_since
+        if report is None or since is None or self.now - since < GPU_IS_LOST:
+            return ()
+        return tuple(sorted(agent.gpus - gpus_of(report)))
 
     def evidence_of(self, pod: Pod) -> Evidence | None:
         """Weigh the pod's residual, as it is and as it will be; None without a residual policy."""
@@ -149,7 +167,7 @@ def begin_visit(snapshot: Snapshot, now: datetime) -> Visit:
 
     1. the schedules, windows and time zones parse;
     2. method Delete needs --allow-delete;
-    3. no older workload names the same target;
+    3. no older workload names the same target, and none runs it;
     4. with targetRef: the target exists and its pods carry the label;
     5. with template: there is an image, the template is one, no foreign object has its name;
     6. and the apiserver took what was generated.
@@ -167,13 +185,18 @@ def begin_visit(snapshot: Snapshot, now: datetime) -> Visit:
         or _refuse_target(snapshot)
         or _refuse_template(snapshot)
     )
-    present = (pod for pod in snapshot.pods if pod.is_present)
+    target = snapshot.target
+    present = sorted(
+        (pod for pod in snapshot.pods if pod.is_present), key=lambda pod: (pod.name, pod.uid)
+    )
+    strays = tuple(pod for pod in present if target is not None and is_of_another(pod, target))
     return Visit(
         snapshot=snapshot,
         now=now,
         timetable=timetable,
         refusal=refusal,
-        pods=tuple(sorted(present, key=lambda pod: (pod.name, pod.uid))),
+        pods=tuple(pod for pod in present if pod not in strays),
+        strays=strays,
         agents={agent.pod_uid: agent for agent in snapshot.agents},
     )
 
@@ -192,7 +215,17 @@ def _refuse_conflict(snapshot: Snapshot) -> Refusal | None:
     elder = min(snapshot.rivals, key=lambda rival: (rival.created, rival.name), default=None)
     if elder is not None and (elder.created, elder.name) < (workload.created, workload.name):  # 3
         return Refusal(
-            Reason.CONFLICTED, f"GPUModelWorkload {elder.name} is older and names the same target"
+            Reason.CONFLICTED,
+            f"GPUModelWorkload {elder.name} is older and names the same target; "
+            "delete one of the two",
+        )
+    target = snapshot.target
+    is_reference = workload.spec.target_ref is not None
+    if is_reference and target is not None and target.owner_kind == WORKLOAD_KIND:  # 3
+        return Refusal(
+            Reason.CONFLICTED,
+            f"{target.kind} {target.name} is run by the template of GPUModelWorkload "
+            f"{target.owner_name}, which watches over it; delete this one",
         )
     return None
 
@@ -203,12 +236,22 @@ def _refuse_target(snapshot: Snapshot) -> Refusal | None:
     if ref is None:
         return None
     if target is None:  # 4
-        return Refusal(Reason.TARGET_NOT_FOUND, f"there is no {ref.kind} {ref.name}")
-    if target.template_labels.get(WORKLOAD_LABEL) != workload.name:  # 4
+        missing = f"there is no {ref.kind} {ref.name} in namespace {workload.namespace}"
+        other = snapshot.namesake_kind
+        hint = (
+            f"there is a {other} of that name: make the workload anew with targetRef.kind {other}"
+            if other
+            else "it is looked for again and again; targetRef itself cannot be changed"
+        )
+        return Refusal(Reason.TARGET_NOT_FOUND, f"{missing}; {hint}")
+    label = target.template_labels.get(WORKLOAD_LABEL, "")
+    if label != workload.name:  # 4
+        instead = f" and carries {label!r} instead" if label else ""
         return Refusal(
             Reason.MISSING_LABEL,
             f"the pod template of {ref.kind} {ref.name} lacks the label "
-            f"{WORKLOAD_LABEL}: {workload.name}",
+            f"{WORKLOAD_LABEL}: {workload.name}{instead}; set it in spec.template.metadata.labels, "
+            "which rolls the pods once",
         )
     return None
 

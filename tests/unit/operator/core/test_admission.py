@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from vram_agent.protocol import AgentMode
 from vram_operator.api import (
     Attempt,
     PodRef,
@@ -346,6 +347,16 @@ def test_a_pod_that_is_not_ready_may_exit_without_asking_but_not_be_evicted() ->
     wait = wait_of(snapshot, EVICT, trigger=MANUAL)
     assert wait is not None
     assert wait.ask
+
+
+def test_a_recycle_of_a_wrapped_application_takes_it_away_and_asks() -> None:
+    agents = (make_agent(A, 9.0, mode=AgentMode.RUN), make_agent(B), make_agent(C))
+    wait = wait_of(snapshot_with(agents=agents, evictions=()), RECYCLE)
+    assert wait is not None
+    assert wait.ask
+    assert wait_of(snapshot_with(agents=agents), RECYCLE) is None
+    unready = (replace(A, ready=False), B, C)
+    assert wait_of(snapshot_with(agents=agents, pods=unready, evictions=()), RECYCLE) is None
 
 
 def test_a_yes_is_not_used_twice_while_the_first_disruption_does_not_show() -> None:

@@ -89,7 +89,10 @@ def test_a_workload_in_full() -> None:
         "restarts",
         "  none is open",
         "plan",
-        "  tell AgentSilent: no fresh report from speech-b",
+        (
+            "  tell AgentSilent: no fresh report from speech-b; see that vram-agent runs there and "
+            "that the operator can reach its control port"
+        ),
         "next look",
         "  at 2026-11-23T12:01:28Z, and with news of pods, agents or the spec",
         "status, as the operator wrote it last",

@@ -35,7 +35,7 @@ def test_a_pod_that_has_ended_is_not_waited_for(phase: str) -> None:
         pytest.param(A, "", ("Unknown", "Pending"), id="nobody has asked it yet"),
         pytest.param(A, "no answer", ("False", "AgentSilent"), id="it was asked"),
         pytest.param(
-            replace(A, control_port=0), "", ("False", "AgentSilent"), id="nobody can ask it"
+            replace(A, control_port=0), "", ("False", "NoControlPort"), id="nobody can ask it"
         ),
     ],
 )

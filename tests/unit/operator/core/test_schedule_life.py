@@ -8,7 +8,16 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from vram_operator.api import Reason, RestartOutcome, Window, WorkloadCondition, WorkloadStatus
+from msgspec import structs
+from vram_operator.api import (
+    Reason,
+    RestartMethod,
+    RestartOutcome,
+    RestartPolicy,
+    Window,
+    WorkloadCondition,
+    WorkloadStatus,
+)
 from vram_operator.core.condition_list import find_condition
 from vram_operator.core.plan import CreateRestart
 from vram_operator.core.planning import plan
@@ -178,6 +187,79 @@ def test_a_run_restarts_all_pods_and_never_more_at_a_time_than_allowed(
     assert {one.spec.scheduled_time for one in world.restarts.values()} == {
         NOW.replace(hour=13, minute=0)
     }
+
+
+THIRTEEN = "0 13 * * *"
+
+
+def begin_run() -> World:
+    """Three pods, just after one o'clock: one is being restarted, two wait."""
+    world = World(3, make_workload(spec=make_template_spec(restart=run_policy())))
+    world.run(3600, step=900)
+    while not world.executions:
+        world.run(1, step=1)
+    assert (len(world.executions), len(world.active()), len(world.restarts)) == (1, 1, 3)
+    return world
+
+
+def run_policy(**fields: Any) -> RestartPolicy:
+    policy = {"schedule": THIRTEEN, "residual": None, "starting_deadline_seconds": 1800}
+    return make_policy(**{**policy, **fields})
+
+
+def set_policy(world: World, **fields: Any) -> None:
+    spec = structs.replace(world.workload.spec, restart=run_policy(**fields))
+    world.workload = replace(world.workload, spec=spec)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        pytest.param({"suspend": True}, Reason.SUSPENDED, id="it is suspended"),
+        pytest.param({"schedule": "0 25 * * *"}, Reason.INVALID_SCHEDULE, id="it does not parse"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("seconds", "outcomes"),
+    [
+        pytest.param(600, {RestartOutcome.RECOVERED: 3}, id="mended within the deadline"),
+        pytest.param(
+            2400,
+            {RestartOutcome.RECOVERED: 1, RestartOutcome.SKIPPED: 2},
+            id="mended after the deadline",
+        ),
+    ],
+)
+def test_what_stops_a_schedule_in_the_middle_of_a_run_holds_what_has_not_begun(
+    fields: dict[str, Any], reason: Reason, seconds: float, outcomes: dict[RestartOutcome, int]
+) -> None:
+    world = begin_run()
+    set_policy(world, **fields)
+    world.run(60, step=5)
+    assert {str(one.reason) for one in world.plan().blocked} == {reason}
+    world.run(seconds, step=300)
+    assert len(world.executions) == 1
+    set_policy(world)
+    world.run(900, step=150)
+    assert Counter(one.status.outcome for one in world.restarts.values()) == outcomes
+    assert {one.spec.scheduled_time for one in world.restarts.values()} == {NOW.replace(hour=13)}
+    world.check()
+
+
+def test_a_run_waits_for_the_cooldown_of_a_restart_before_it_and_then_goes() -> None:
+    world = World(1, make_workload(spec=make_template_spec(restart=run_policy())))
+    world.run(3300, step=300)
+    world.add_restart("by-hand", "speech-0", method=RestartMethod.RECYCLE)
+    world.run(60, step=5)
+    world.run(540, step=180)
+    (by_hand, waiting) = sorted(world.restarts.values(), key=lambda one: one.created)
+    assert by_hand.status.outcome is RestartOutcome.RECOVERED
+    assert waiting.status.outcome is None
+    assert {str(one.reason) for one in world.plan().blocked} == {"Cooldown"}
+    world.run(600, step=150)
+    assert world.restarts[waiting.name].status.outcome is RestartOutcome.RECOVERED
+    assert [one.step for one in world.executions] == ["Recycle", "InPlace"]
+    world.check()
 
 
 def leaking(windows: list[Window], **policy: Any) -> Snapshot:

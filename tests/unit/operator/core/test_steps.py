@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from msgspec import structs
-from vram_agent.protocol import ActionState, ActionStep, ResidualSource
+from vram_agent.protocol import ActionState, ActionStep, DeviceKind, ResidualSource
 from vram_operator.api import (
     Attempt,
     Condition,
@@ -19,9 +19,9 @@ from vram_operator.api import (
     RestartStatus,
     RestartTrigger,
 )
-from vram_operator.core.plan import Evict, PatchRestartStatus
+from vram_operator.core.plan import DeletePod, Evict, PatchRestartStatus
 from vram_operator.core.planning import plan
-from vram_operator.core.snapshot import EvictionVerdict, Pod, Restart, Snapshot
+from vram_operator.core.snapshot import EvictionVerdict, Pod, Restart, Snapshot, hear
 
 from tests.support.factories import (
     NOW,
@@ -33,13 +33,20 @@ from tests.support.factories import (
     make_pod,
     make_policy,
     make_restart,
+    make_settings,
     make_snapshot,
     make_template_spec,
     make_workload,
+    rfc3339,
 )
 
 POD = make_pod()
-RECYCLE, IN_PLACE, EVICT = RestartMethod.RECYCLE, RestartMethod.IN_PLACE, RestartMethod.EVICT
+RECYCLE, IN_PLACE, EVICT, DELETE = (
+    RestartMethod.RECYCLE,
+    RestartMethod.IN_PLACE,
+    RestartMethod.EVICT,
+    RestartMethod.DELETE,
+)
 SKIPPED, FAILED, RECOVERED, NOT_RECOVERED = (
     RestartOutcome.SKIPPED,
     RestartOutcome.FAILED,
@@ -214,6 +221,47 @@ def test_an_eviction(answer: dict[str, Any], evicts: bool) -> None:
     assert any(isinstance(one, Evict) for one in planned.actions) is evicts
 
 
+def removing(method: RestartMethod, seconds: float, **agent: Any) -> Snapshot:
+    """A step that takes the pod away, begun so long ago, with a minute for what is accepted."""
+    restart = acting(method, seconds, trigger=RestartTrigger.MANUAL, drain_timeout_seconds=60)
+    snapshot = seen(restart, **agent)
+    return replace(snapshot, settings=make_settings(allow_delete=True))
+
+
+BUSY = {"idle": False, "models": [make_model(in_flight=1, queued=2)]}
+
+
+@pytest.mark.parametrize("method", [EVICT, DELETE])
+@pytest.mark.parametrize(
+    ("seconds", "agent", "goes", "drained"),
+    [
+        pytest.param(5, {}, True, "NothingToDrain", id="nothing runs"),
+        pytest.param(5, BUSY, False, "Draining", id="three requests are waited for"),
+        pytest.param(59, BUSY, False, "Draining", id="until a second before the deadline"),
+        pytest.param(60, BUSY, True, "DrainTimeout", id="and no longer"),
+        pytest.param(5, {"idle": False}, False, "Draining", id="a wrapped application is at work"),
+        pytest.param(5, {**BUSY, "now": ago(31)}, True, "NothingToDrain", id="nobody can say"),
+    ],
+)
+def test_a_pod_goes_once_what_it_has_accepted_is_done_or_its_time_is_over(
+    method: RestartMethod, seconds: float, agent: dict[str, Any], goes: bool, drained: str
+) -> None:
+    snapshot = removing(method, seconds, **agent)
+    actions = plan(snapshot, NOW).actions
+    assert any(isinstance(one, Evict | DeletePod) for one in actions) is goes
+    assert conditions_of(result(snapshot))["Drained"][1] == drained
+
+
+def test_what_the_deadline_did_not_wait_for_is_named_and_stays_named() -> None:
+    status = result(removing(EVICT, 60, **BUSY))
+    drained = next(one for one in status.conditions if one.type == "Drained")
+    assert "within 60 s" in drained.message
+    assert "whisper has 3 requests" in drained.message
+    gone = replace(acting(EVICT, 70), status=status)
+    after = next(one for one in result(seen(gone, None)).conditions if one.type == "Drained")
+    assert after == drained
+
+
 def test_an_eviction_that_is_blocked_after_all_is_withdrawn_and_waits() -> None:
     status = result(evicting(verdict=EvictionVerdict.BLOCKED, blocker="pdb", message="needs 1"))
     assert status.attempts == []
@@ -288,6 +336,61 @@ def test_a_recycle_is_measured(
     restart: Restart, agent: dict[str, Any], outcome: RestartOutcome | None
 ) -> None:
     assert measured(restart, **agent).outcome is outcome
+
+
+def losing_gpu(seconds: float, *, falls_back: bool = False) -> Any:
+    """What an agent knows whose GPU is missing from its reports for so long."""
+    agent = make_agent(POD, 0.5, boot_id="next")
+    assert agent.report is not None
+    assert agent.gpus == {"GPU-1"}
+    (gpu,) = agent.report.devices
+    cpu = structs.replace(gpu, uuid="CPU-0", kind=DeviceKind.CPU)
+    for age in (seconds, seconds / 2, 0):
+        devices = [cpu] if falls_back else []
+        report = structs.replace(agent.report, devices=devices, observed_at=rfc3339(ago(age - 1)))
+        agent = hear(agent, report, ago(age), 600)
+    return agent
+
+
+@pytest.mark.parametrize("falls_back", [False, True], ids=["no device", "the CPU instead"])
+@pytest.mark.parametrize(
+    ("seconds", "attempts"),
+    [
+        pytest.param(29, [(IN_PLACE, None)], id="a driver may be slow to answer"),
+        pytest.param(30, [(IN_PLACE, NOT_RECOVERED)], id="for half a minute it is gone"),
+    ],
+)
+def test_a_pod_without_its_gpu_has_not_recovered(
+    seconds: float, attempts: Any, falls_back: bool
+) -> None:
+    restart = replace(verifying(IN_PLACE, 40), spec=make_restart(POD).spec)
+    agents = (losing_gpu(seconds, falls_back=falls_back),)
+    status = result(replace(seen(restart), agents=agents))
+    assert [(one.method, one.result) for one in status.attempts][:1] == attempts
+    if seconds == 30:
+        assert "GPU-1 is gone from the node" in status.attempts[0].message
+
+
+@pytest.mark.parametrize("method", [RestartMethod.AUTO, RECYCLE])
+def test_a_restart_of_a_pod_whose_gpu_is_gone_begins_with_the_eviction(
+    method: RestartMethod,
+) -> None:
+    restart = make_restart(POD, method=method, trigger=RestartTrigger.MANUAL)
+    snapshot = make_snapshot(pods=(POD,), agents=(losing_gpu(30),), restarts=(restart,))
+    status = result(replace(snapshot, evictions=(make_answer(POD),)))
+    first, *others = status.attempts
+    assert first.result is FAILED
+    assert "only a new pod gets another GPU" in first.message
+    assert [one.method for one in others] == ([EVICT] if method is RestartMethod.AUTO else [])
+    assert (status.outcome is FAILED) is (method is RECYCLE)
+
+
+def test_a_gpu_that_is_back_is_not_gone() -> None:
+    agent = losing_gpu(60)
+    back = make_agent(POD).report
+    assert back is not None
+    later = structs.replace(back, observed_at=rfc3339(ago(-5)))
+    assert hear(agent, later, NOW, 600).gpus_missing_since is None
 
 
 def test_without_a_threshold_a_report_of_the_new_boot_is_enough() -> None:

@@ -17,7 +17,18 @@ from vram_operator.api import (
     WorkloadStatus,
 )
 from vram_operator.core.condition_list import find_condition
-from vram_operator.core.plan import CreateRestart, PatchRestartStatus, Plan
+from vram_operator.core.plan import (
+    CallRecycle,
+    CallRestart,
+    CreateRestart,
+    DeletePod,
+    DryRunEvict,
+    EnsureObject,
+    Evict,
+    PatchRestartStatus,
+    Plan,
+    PushConfig,
+)
 from vram_operator.core.planning import plan
 from vram_operator.core.snapshot import (
     ActiveRestart,
@@ -68,6 +79,7 @@ def ended(number: int, outcome: RestartOutcome, seconds: float) -> Restart:
 FAILURES = tuple(ended(n, RestartOutcome.NOT_RECOVERED, 5000 + n) for n in range(3))
 CLOSED = [Window(schedule="0 1 * * *", duration_seconds=60)]
 AWAY = replace(B, ready=False)
+PodDeed = (CallRecycle, CallRestart, DryRunEvict, Evict, DeletePod)
 
 
 @pytest.mark.parametrize(
@@ -207,12 +219,60 @@ def test_a_dry_run_is_seen_in_the_restart_in_an_event_and_in_the_condition(
     assert write.finished is RestartOutcome.DRY_RUN  # the label of restarts_total
     admitted = write.status.conditions[0]
     assert (admitted.status, admitted.reason) == ("False", "DryRun")
-    assert admitted.message == "would Recycle pod speech-a: residual 9Gi above 8Gi"
+    assert admitted.message == (
+        "would Recycle pod speech-a: residual 9Gi above 8Gi; "
+        "then InPlace, Evict while it does not help"
+    )
     skipped = [one.message for one in planned.events if one.reason == "RestartSkipped"]
     assert skipped == [f"speech-speech-a: DryRun: {admitted.message}"]
     standing = find_condition(planned.conditions, WorkloadCondition.RESTARTING)
     assert standing is not None
     assert f"dry run by {by}" in standing.message
+
+
+@pytest.mark.parametrize(
+    ("method", "trigger", "said"),
+    [
+        pytest.param("Auto", "Manual", "would InPlace pod speech-a: why; then Evict", id="by hand"),
+        pytest.param("Evict", "Scheduled", "would Evict pod speech-a: why", id="one step alone"),
+        pytest.param("InPlace", "Residual", "would InPlace pod speech-a: why", id="a residual"),
+    ],
+)
+def test_a_dry_run_asks_the_budgets_and_says_what_they_would_forbid(
+    method: str, trigger: str, said: str
+) -> None:
+    restart = make_restart(
+        A, method=RestartMethod(method), trigger=RestartTrigger(trigger), reason="why"
+    )
+    snapshot = make_snapshot(
+        pods=(A,), agents=LEAK, restarts=(restart,), settings=make_settings(dry_run=True)
+    )
+    asked = plan(snapshot, NOW)
+    assert [type(one) for one in asked.actions if isinstance(one, PodDeed)] == [DryRunEvict]
+    verdicts = {
+        "": make_answer(A),
+        "PodDisruptionBudget: PodDisruptionBudget keep-one: needs 1": make_answer(
+            A, EvictionVerdict.BLOCKED, blocker="keep-one", message="needs 1"
+        ),
+    }
+    for forbidden, answer in verdicts.items():
+        planned = plan(replace(seen(snapshot, asked), evictions=(answer,)), NOW)
+        (write,) = [one for one in planned.actions if isinstance(one, PatchRestartStatus)]
+        assert write.finished is RestartOutcome.DRY_RUN
+        message = write.status.conditions[0].message
+        assert message.startswith(said)
+        assert message.partition("it would wait: ")[2] == forbidden
+        assert write.status.attempts == []
+        assert [one for one in planned.actions if isinstance(one, PodDeed)] == []
+
+
+def test_a_dry_run_still_keeps_what_a_workload_owns_and_runs_by() -> None:
+    agent = make_agent(A, config_generation=2)
+    snapshot = make_snapshot(
+        pods=(A,), agents=(agent,), objects=(), settings=make_settings(dry_run=True)
+    )
+    kinds = {type(one) for one in plan(snapshot, NOW).actions}
+    assert {EnsureObject, PushConfig} <= kinds
 
 
 def test_the_jitter_of_a_workload_is_in_its_condition_and_in_the_reason_of_its_restarts() -> None:

@@ -170,11 +170,12 @@ async def test_another_pod_of_the_same_name_is_not_acted_on(bench: Bench, action
     assert not acted(bench)
 
 
-async def test_a_pod_on_its_way_out_is_not_called(bench: Bench) -> None:
+@ACTING
+async def test_a_pod_on_its_way_out_is_left_alone(bench: Bench, action: Any) -> None:
     deleted = raw_pod(6, deletionTimestamp="2026-01-01T00:00:00Z")
     bench.server.objects[PODS.path(NAMESPACE, "speech-1")] = deleted
     with pytest.raises(StaleError, match="is being deleted"):
-        await bench.actions.carry_out(NAMESPACE, CALL)
+        await bench.actions.carry_out(NAMESPACE, action)
     assert not acted(bench)
 
 

@@ -1,6 +1,7 @@
 """Run every benchmark that this machine can, or those that are named.
 
-python -m bench [agent] [engine] [soak] [--device cpu|cuda] [--sizes 1,8,40] [--cycles N]
+python -m bench [agent] [engine] [soak] [storm] [downtime] [trend]
+                [--device cpu|cuda] [--sizes 1,8,40] [--cycles N] [--runs N]
 """
 
 from __future__ import annotations
@@ -12,8 +13,15 @@ import importlib.util
 from vram_agent.devices.cuda import CudaDevice, NoCudaDeviceError
 from vram_agent.protocol import DevicePreference
 
-NAMES = ("agent", "engine", "soak")
-AGENT_NEEDS = ("requests", "aiohttp", "torch", "whisper")
+NAMES = ("agent", "engine", "soak", "storm", "downtime", "trend")
+NEEDS: dict[str, tuple[str, ...]] = {
+    "agent": ("requests", "aiohttp", "torch", "whisper"),
+    "engine": ("torch",),
+    "soak": ("torch",),
+    "storm": ("vram_operator", "numpy"),
+    "downtime": ("vram_operator",),
+    "trend": ("vram_operator", "numpy"),
+}
 
 
 def find_devices(wanted: str) -> list[DevicePreference]:
@@ -30,14 +38,16 @@ def find_devices(wanted: str) -> list[DevicePreference]:
 
 def run(name: str, options: argparse.Namespace) -> None:
     """Run one benchmark, or say what it lacks."""
-    needs = AGENT_NEEDS if name == "agent" else ("torch",)
-    missing = [library for library in needs if importlib.util.find_spec(library) is None]
+    missing = [library for library in NEEDS[name] if importlib.util.find_spec(library) is None]
     if missing:
         print(f"skipped: {name}, not installed: {', '.join(missing)}")
         return
     benchmark = importlib.import_module(f"bench.{name}")
-    if name == "agent":
+    if name in {"agent", "storm", "trend"}:
         benchmark.main()
+        return
+    if name == "downtime":
+        benchmark.main(options.runs)
         return
     for device in find_devices(options.device):
         if name == "engine":
@@ -53,6 +63,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="", help="default: both")
     parser.add_argument("--sizes", default="", help="GiB, such as 1,8,40; default: what fits")
     parser.add_argument("--cycles", type=int, default=2000, help="of the soak")
+    parser.add_argument("--runs", type=int, default=20, help="of each method of downtime")
     options = parser.parse_args()
     for name in options.names or NAMES:
         if name not in NAMES:

@@ -7,7 +7,7 @@ import json
 import secrets
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import aiohttp
@@ -23,8 +23,8 @@ CRDS = Path(__file__).parents[3] / "crds"
 NODE = "operator-tests"
 
 
-@pytest.fixture(scope="session")
-def server(control_plane: Cluster) -> Iterator[str]:
+@contextmanager
+def serve_control_plane(control_plane: Cluster) -> Iterator[str]:
     """The control plane with the CRDs and a node, behind ``kubectl proxy``."""
     control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRDS))
     control_plane.kubectl(
@@ -50,6 +50,13 @@ def server(control_plane: Cluster) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def server(control_plane: Cluster) -> Iterator[str]:
+    """The address of the control plane that all tests share."""
+    with serve_control_plane(control_plane) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
 def control_plane_kubeconfig(control_plane: Cluster) -> Path:
     """The kubeconfig that operators use."""
     return control_plane.kubeconfig
@@ -72,7 +79,7 @@ async def open_world(server: str, kubeconfig: Path, folder: Path) -> AsyncIterat
         client = Client(session, server, namespace)
         body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
         await client.send("POST", "/api/v1/namespaces", body)
-        kubelet = Kubelet(client, NODE)
+        kubelet = Kubelet(client, [NODE])
         playing = asyncio.create_task(kubelet.run())
         try:
             yield World(client, kubelet, make)

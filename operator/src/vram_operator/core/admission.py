@@ -36,6 +36,8 @@ from vram_operator.core.visit import Visit
 ANSWER_COUNTS = timedelta(seconds=15)
 """For how long an answer of the Eviction API may be acted on, and when it is asked again."""
 IN_PLACE_AGE = timedelta(seconds=MINIMUM_IN_PLACE_COOLDOWN_SECONDS)
+IN_LINE = frozenset({Reason.NODE_BUSY, Reason.CONCURRENCY_CAP, Reason.MAX_UNAVAILABLE})
+"""Waiting for other restarts to end: what a restart waits for in a storm, now this and now that."""
 AGENT_STEPS = frozenset({RestartMethod.RECYCLE, RestartMethod.IN_PLACE})
 """Steps that the agent carries out itself."""
 
@@ -174,7 +176,7 @@ def _wait_for_node(visit: Visit, candidate: Candidate) -> Wait | None:
     pod = candidate.pod
     for restart in visit.snapshot.restarts:
         is_other = restart.uid != candidate.restart.uid
-        if is_other and is_active(restart.status) and concerns(restart, pod):
+        if is_other and concerns(restart, pod) and is_active(restart.status):
             message = f"restart {restart.name} of the same pod runs"
             return Wait(reason=Reason.NODE_BUSY, message=message)
     for active in candidate.active:
@@ -262,7 +264,9 @@ def _wait_for_cap(visit: Visit, candidate: Candidate) -> Wait | None:
     first = min(candidate.active, key=lambda active: (active.namespace, active.name))
     return Wait(
         reason=Reason.CONCURRENCY_CAP,
-        message=f"{cap} of {cap} restarts run, {first.namespace}/{first.name} among them",
+        message=f"{cap} of {cap} restarts run",
+        # They come and go: what all others wait for would be written anew with each of them.
+        figures=f"{first.namespace}/{first.name} among them",
     )
 
 
@@ -286,10 +290,15 @@ def _wait_for_availability(visit: Visit, candidate: Candidate) -> Wait | None:
     count = len(restarting | away) + max(0, missing - len(gone))
     if count < limit:
         return None
-    named = ", ".join(sorted(restarting | away)[:3]) or f"{missing} missing"
+    # A pod that is away for another reason stays the blocker; those that are restarted take turns.
+    broken = ", ".join(sorted(away - restarting)[:3]) or (
+        "" if restarting else f"{missing} missing"
+    )
+    unavailable = f"{count} of at most {limit} pods are unavailable"
     return Wait(
         reason=Reason.MAX_UNAVAILABLE,
-        message=f"{count} of at most {limit} pods are unavailable: {named}",
+        message=": ".join(filter(None, (unavailable, broken))),
+        figures=", ".join(sorted(restarting)[:3]),
     )
 
 

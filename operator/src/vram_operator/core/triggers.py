@@ -159,7 +159,7 @@ def restart_name(visit: Visit, decision: Decision) -> str:
 
 
 def _has_open(restarts: tuple[Restart, ...], pod: Pod) -> bool:
-    return any(not is_finished(one.status) and concerns(one, pod) for one in restarts)
+    return any(concerns(one, pod) and not is_finished(one.status) for one in restarts)
 
 
 def _decide_manual(visit: Visit, free: tuple[Pod, ...], draft: _Draft) -> Iterator[Action]:

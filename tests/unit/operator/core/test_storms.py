@@ -80,7 +80,7 @@ AWAY = replace(B, ready=False)
                 "cluster": elsewhere("node-9"),
             },
             "ConcurrencyCap",
-            "1 of 1 restarts run, prod/tts-1 among them",
+            "1 of 1 restarts run: prod/tts-1 among them",
             id="the cap of the cluster",
         ),
         pytest.param(
@@ -169,6 +169,35 @@ def seen(snapshot: Snapshot, planned: Plan) -> Snapshot:
     return replace(
         snapshot, workload=replace(snapshot.workload, status=planned.status), restarts=restarts
     )
+
+
+def at_the_cap(name: str, node: str = "node-9") -> Snapshot:
+    """A restart is queued, and another workload's has the one place."""
+    active = ActiveRestart(namespace="prod", name=name, workload="tts", node=node)
+    return make_snapshot(
+        pods=(A,),
+        agents=LEAK,
+        restarts=QUEUED,
+        settings=make_settings(max_concurrent_restarts="1"),
+        cluster=Cluster(total_pods=20, active_restarts=(active,)),
+    )
+
+
+def test_a_restart_in_line_tells_once_whatever_it_waits_for_in_turn() -> None:
+    on_its_node = at_the_cap("tts-1", "node-of-speech-a")
+    planned = plan(on_its_node, NOW)
+    assert [str(one.reason) for one in planned.events if one.pod] == ["RestartBlocked"]
+    assert [str(one.reason) for one in planned.blocked] == ["NodeBusy"]
+    then = replace(seen(on_its_node, planned), cluster=at_the_cap("tts-2").cluster)
+    planned = plan(then, NOW)
+    assert [str(one.reason) for one in planned.blocked] == ["ConcurrencyCap"]
+    assert planned.events == ()
+
+
+def test_nothing_is_written_to_those_in_line_when_others_take_their_turns() -> None:
+    first = at_the_cap("tts-1")
+    then = replace(seen(first, plan(first, NOW)), cluster=at_the_cap("tts-2").cluster)
+    assert [one for one in plan(then, NOW).actions if isinstance(one, PatchRestartStatus)] == []
 
 
 def test_the_circuit_breaker_opens_once_with_an_event_and_says_how_it_closes() -> None:

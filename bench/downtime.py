@@ -195,8 +195,12 @@ def _workload(name: str, replicas: int) -> Json:
     return manifest
 
 
-def run(system: System, runs: int) -> dict[tuple[str, int], list[Run]]:
-    """Measure every method; return the runs by method and number of replicas."""
+Found = dict[tuple[str, int], list[Run]]
+"""The runs by method and number of replicas."""
+
+
+def run(system: System, runs: int, found: Found) -> None:
+    """Measure every method; what was measured is in ``found`` even if a later restart fails."""
     aged = [f"aged-{number:02}" for number in range(runs)]
     system.apply(_workload("single", 1), _workload("pair", 2))
     system.wait_ready("single")
@@ -205,7 +209,6 @@ def run(system: System, runs: int) -> dict[tuple[str, int], list[Run]]:
         system.apply(_workload(name, 1))
     for name in aged:
         system.wait_ready(name, LIMIT_SECONDS)
-    found: dict[tuple[str, int], list[Run]] = {}
 
     def keep(method: str, replicas: int, one: Run) -> None:
         found.setdefault((method, replicas), []).append(one)
@@ -222,7 +225,6 @@ def run(system: System, runs: int) -> dict[tuple[str, int], list[Run]]:
         _wait_until_old(system, name)
         act = partial(restart_by_hand, system, name, "InPlace", 0)
         keep("InPlace", 1, measure(system, name, act))
-    return found
 
 
 def _wait_until_old(system: System, name: str) -> None:
@@ -231,7 +233,7 @@ def _wait_until_old(system: System, name: str) -> None:
     time.sleep(max(0.0, MINIMUM_IN_PLACE_COOLDOWN_SECONDS + 2 - age))
 
 
-def main(runs: int) -> None:
+def main(runs: int, extras: str = "onnx") -> None:
     """Measure on a node of its own, and write downtime.json."""
     record = Record(machine={"loadAverageAtStart": round(os.getloadavg()[0], 2)})
     with tempfile.TemporaryDirectory() as folder:
@@ -240,8 +242,12 @@ def main(runs: int) -> None:
         except cluster.ClusterUnavailable as error:
             print(f"skipped: downtime, {error}")
             return
+        found: Found = {}
         with node:
-            found = run(install(node, extras="onnx"), runs)
+            try:
+                run(install(node, extras), runs, found)
+            except AssertionError as error:
+                record.notes.append(f"ended early: {str(error).splitlines()[0]}")
     record.notes += [
         "through the Service's address by kube-proxy, a new connection for each request",
         "no container exits twice within 600 s, so the kubelet's back-off holds none of them up",

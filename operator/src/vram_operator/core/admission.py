@@ -19,6 +19,7 @@ from vram_operator.api import (
     RestartOutcome,
     RestartTrigger,
 )
+from vram_operator.core.breaker import is_degraded, say_degraded
 from vram_operator.core.evidence import EvidenceReason
 from vram_operator.core.figures import show_time
 from vram_operator.core.phases import concerns, is_active, open_attempt
@@ -84,8 +85,8 @@ def find_wait(visit: Visit, candidate: Candidate) -> Wait | None:
 
     1. the spec is accepted;
     2. no other restart of this pod, or of its node, runs;
-    3. suspend, cooldown, windows and evidence, for what a person did not ask for, before the
-       first step;
+    3. suspend, cooldown, windows, the circuit breaker and evidence, for what a person did not ask
+       for, before the first step;
     4. no rollout is in progress, and for a step of the agent, the agent reports;
     5. a container that is to exit has run for longer than the kubelet's back-off;
     6. the cluster-wide cap;
@@ -189,7 +190,16 @@ def _wait_for_node(visit: Visit, candidate: Candidate) -> Wait | None:
 def _wait_for_leave(visit: Visit, candidate: Candidate) -> Wait | None:
     if not candidate.is_first:
         return None
-    return find_leave(visit, candidate.pod, candidate.trigger)
+    return find_leave(visit, candidate.pod, candidate.trigger) or _wait_for_breaker(
+        visit, candidate
+    )
+
+
+def _wait_for_breaker(visit: Visit, candidate: Candidate) -> Wait | None:
+    """Hold those that were decided, with others at once, before these did not help."""
+    if candidate.trigger is not RestartTrigger.RESIDUAL or not is_degraded(visit):
+        return None
+    return Wait(reason=Reason.RESTARTS_DO_NOT_HELP, message=say_degraded(visit))
 
 
 def _wait_for_evidence(visit: Visit, candidate: Candidate) -> Wait | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from vram_operator.api import (
+    Attempt,
     RestartMethod,
     RestartOutcome,
     RestartStatus,
@@ -45,6 +46,7 @@ from tests.support.factories import (
 A, B = make_pod("speech-a"), make_pod("speech-b")
 LEAK = (make_agent(A, 9.0),)
 QUEUED = (make_restart(A),)
+BY_HAND = (make_restart(A, method=RestartMethod.RECYCLE, trigger=RestartTrigger.MANUAL),)
 IN_PLACE = (make_restart(A, method=RestartMethod.IN_PLACE, trigger=RestartTrigger.MANUAL),)
 
 
@@ -218,6 +220,23 @@ def test_the_circuit_breaker_opens_once_with_an_event_and_says_how_it_closes() -
         ("RestartBlocked", True)
     ]
     assert plan(seen(third, planned), NOW).events == ()
+
+
+def test_restarts_that_were_decided_before_the_circuit_breaker_opened_do_not_begin() -> None:
+    planned = plan(make_snapshot(pods=(A,), agents=LEAK, restarts=(*FAILURES, *QUEUED)), NOW)
+    (write,) = [one for one in planned.actions if isinstance(one, PatchRestartStatus)]
+    admitted = find_condition(write.status.conditions, "Admitted")
+    assert admitted is not None
+    assert (admitted.status, admitted.reason) == ("False", "RestartsDoNotHelp")
+    assert write.status.attempts == []
+    # A person may still ask for one.
+    planned = plan(make_snapshot(pods=(A,), agents=LEAK, restarts=(*FAILURES, *BY_HAND)), NOW)
+    assert [one.method for one in attempts_of(planned)] == [RestartMethod.RECYCLE]
+
+
+def attempts_of(planned: Plan) -> list[Attempt]:
+    writes = [one for one in planned.actions if isinstance(one, PatchRestartStatus)]
+    return [attempt for one in writes for attempt in one.status.attempts]
 
 
 @pytest.mark.parametrize(

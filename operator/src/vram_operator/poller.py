@@ -52,26 +52,32 @@ class Urgency:
     residual_bytes: int
     threshold_bytes: int | None
     acting: bool
+    """Does a restart of it run?"""
+    waiting: bool = False
+    """Does one wait? What it rests on must not get stale meanwhile."""
 
 
 def next_poll_seconds(interval_seconds: float, urgency: Urgency) -> float:
     """Return when to ask an agent next.
 
     1. A restart of it runs: each second, or twice as often as usual if that is more often.
-    2. There is no threshold: as usual.
-    3. The residual is near or above the threshold: twice as often.
-    4. It is far below: a third as often. 5. In between: as usual.
+    2. One waits: twice as often as usual.
+    3. There is no threshold: as usual.
+    4. The residual is near or above the threshold: twice as often.
+    5. It is far below: a third as often. 6. In between: as usual.
     """
     if urgency.acting:  # 1
         return min(ACTING_INTERVAL_SECONDS, interval_seconds / 2)
-    if not urgency.threshold_bytes:  # 2
+    if urgency.waiting:  # 2
+        return interval_seconds / 2
+    if not urgency.threshold_bytes:  # 3
         return interval_seconds
     share = urgency.residual_bytes / urgency.threshold_bytes
-    if share >= NEAR_SHARE:  # 3
+    if share >= NEAR_SHARE:  # 4
         return interval_seconds / 2
-    if share < FAR_SHARE:  # 4
+    if share < FAR_SHARE:  # 5
         return interval_seconds * 3
-    return interval_seconds  # 5
+    return interval_seconds  # 6
 
 
 @dataclass(frozen=True)
@@ -172,11 +178,18 @@ class Poller:
         return next_poll_seconds(self._rhythm.interval_seconds, urgency)
 
     def _urgency(self, workload: Object, key: Key, report: Report, pod_name: str) -> Urgency:
-        acting = report.draining or any(
-            restart["spec"]["pod"]["name"] == pod_name and is_active(restart)
+        open_ones = [
+            restart
             for restart in self._cache.members(RESTARTS, key)
+            if restart["spec"]["pod"]["name"] == pod_name
+            and not (restart.get("status") or {}).get("outcome")
+        ]
+        return Urgency(
+            report.memory.residual_bytes,
+            threshold_bytes(workload),
+            acting=report.draining or any(is_active(restart) for restart in open_ones),
+            waiting=bool(open_ones),
         )
-        return Urgency(report.memory.residual_bytes, threshold_bytes(workload), acting)
 
     def _on_error(self, place: Key, error: Exception) -> None:
         _log.error("polling failed", namespace=place[0], pod=place[1], exc_info=error)

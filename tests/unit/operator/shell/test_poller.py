@@ -32,6 +32,10 @@ def test_a_short_interval_stays_short_while_a_restart_runs() -> None:
     assert next_poll_seconds(0.4, Urgency(0, None, acting=True)) == 0.2
 
 
+def test_while_a_restart_waits_reports_stay_fresh_however_far_the_threshold_is() -> None:
+    assert next_poll_seconds(10, Urgency(0, 8 * GIB, acting=False, waiting=True)) == 5
+
+
 def test_the_next_report_of_an_unchanged_agent_is_no_news() -> None:
     agent = FakeAgent(PodIdentity(uid="u"), str, Script(residual_bytes=GIB))
     first, second = agent.report(), agent.report()

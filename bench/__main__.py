@@ -1,7 +1,7 @@
 """Run every benchmark that this machine can, or those that are named.
 
-python -m bench [agent] [engine] [overhead] [flat] [drain] [soak] [--device cpu|cuda]
-    [--sizes 1,8,40] [--cycles N] [--requests N] [--runs N]
+python -m bench [agent] [engine] [overhead] [flat] [drain] [soak] [storm] [downtime] [trend]
+    [--device cpu|cuda] [--sizes 1,8,40] [--cycles N] [--requests N] [--runs N]
 """
 
 from __future__ import annotations
@@ -13,16 +13,23 @@ import importlib.util
 from vram_agent.devices.cuda import CudaDevice, NoCudaDeviceError
 from vram_agent.protocol import DevicePreference
 
-NAMES = ("agent", "engine", "overhead", "flat", "drain", "soak")
-NEEDS = {
+SERVED = ("aiohttp", "onnx", "onnxruntime", "numpy", "psutil")
+NEEDS: dict[str, tuple[str, ...]] = {
     "agent": ("requests", "aiohttp", "torch", "whisper", "psutil"),
-    "overhead": ("aiohttp", "onnx", "onnxruntime", "numpy", "psutil"),
-    "flat": ("aiohttp", "onnx", "onnxruntime", "numpy", "psutil"),
-    "drain": ("aiohttp", "onnx", "onnxruntime", "numpy", "psutil"),
+    "engine": ("torch",),
+    "overhead": SERVED,
+    "flat": SERVED,
+    "drain": SERVED,
+    "soak": ("torch",),
+    "storm": ("vram_operator", "numpy"),
+    "downtime": ("vram_operator",),
+    "trend": ("vram_operator", "numpy"),
 }
-WHOLE = tuple(NEEDS)
-"""Benchmarks of the whole agent, on the CPU device."""
-COUNTED = {"flat": "requests", "drain": "runs"}
+NAMES = tuple(NEEDS)
+WHOLE = ("agent", "overhead", "storm", "trend")
+"""Benchmarks of whole programs, on the CPU device."""
+COUNTED = {"flat": "requests", "drain": "runs", "downtime": "runs"}
+"""The same, with how often as a number."""
 
 
 def find_devices(wanted: str) -> list[DevicePreference]:
@@ -39,11 +46,7 @@ def find_devices(wanted: str) -> list[DevicePreference]:
 
 def run(name: str, options: argparse.Namespace) -> None:
     """Run one benchmark, or say what it lacks."""
-    missing = [
-        library
-        for library in NEEDS.get(name, ("torch",))
-        if importlib.util.find_spec(library) is None
-    ]
+    missing = [library for library in NEEDS[name] if importlib.util.find_spec(library) is None]
     if missing:
         print(f"skipped: {name}, not installed: {', '.join(missing)}")
         return
@@ -69,7 +72,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="", help="GiB, such as 1,8,40; default: what fits")
     parser.add_argument("--cycles", type=int, default=2000, help="of the soak")
     parser.add_argument("--requests", type=int, default=100_000, help="of flat")
-    parser.add_argument("--runs", type=int, default=20, help="of drain")
+    parser.add_argument("--runs", type=int, default=20, help="of drain, of each way of downtime")
     options = parser.parse_args()
     for name in options.names or NAMES:
         if name not in NAMES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,14 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests import cluster, models
+from tests import cluster
 from tests.cluster import prerequisites
+from tests.e2e.installation import QUICKLY, prepare
 from tests.e2e.quickstart import Walk, section
 from tests.e2e.system import System
 from tests.e2e.workloads import LEAKY, workload
-
-ROOT = Path(__file__).parents[2]
-NAMESPACE = "models"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,22 +67,9 @@ def system(walk: Walk, node: cluster.Cluster) -> System:
 
     Two flags more than the page has: tests do not wait for a report every ten seconds.
     """
-    (install,) = section(2)
-    flags = "--set=extraArgs={--poll-interval=2,--schedule-jitter=0}"
-    walk.follow([replace(install, text=f"{install.text} '{flags}'")])
-    installed = System(node, NAMESPACE)
-    installed.apply(
-        {
-            "apiVersion": "v1",
-            "kind": "Namespace",
-            "metadata": {
-                "name": NAMESPACE,
-                "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
-            },
-        }
-    )
-    _add_models(installed)
-    return installed
+    (command,) = section(2)
+    walk.follow([replace(command, text=f"{command.text} '--set=extraArgs={{{QUICKLY}}}'")])
+    return prepare(node)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -95,16 +79,3 @@ def scheduled(system: System) -> datetime:
     restart = {"schedule": f"{at.minute} {at.hour} * * *", "timeZone": "Etc/UTC"}
     system.apply(workload("scheduled", [LEAKY], restart))
     return at
-
-
-def _add_models(system: System) -> None:
-    files = {
-        "speech-models": [models.WHISPER, ROOT / "demo/models/leaky.py"],
-        "digit-models": [models.DIGITS],
-    }
-    for name, paths in files.items():
-        manifest = system.kubectl(
-            *("create", "configmap", name, "--dry-run=client", "-o", "json"),
-            *(f"--from-file={path}" for path in paths),
-        )
-        system.apply(json.loads(manifest))

@@ -6,6 +6,7 @@ say that a restart was carried out exactly once.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import uuid
@@ -57,6 +58,8 @@ class Script:
     recycle_status: int = 202
     restart_status: int = 202
     check_tokens: bool = True
+    recycle_seconds: float = 0.0
+    """How long a recycle takes; the answer comes at once."""
 
 
 @dataclass
@@ -66,6 +69,9 @@ class Executed:
     restart_id: str
     step: ActionStep
     boot_id: str
+    began: float
+    """On the clock of the event loop; ``ended`` too, None while it lasts."""
+    ended: float | None = None
 
 
 @dataclass
@@ -89,6 +95,7 @@ class FakeAgent:
     started_at: str = field(default_factory=_timestamp)
     _spent: set[str] = field(default_factory=set)
     _runner: web.AppRunner | None = None
+    _recycling: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
         """Listen; returns the port."""
@@ -109,6 +116,8 @@ class FakeAgent:
         return int(self._runner.addresses[0][1])
 
     async def stop(self) -> None:
+        if self._recycling is not None:
+            self._recycling.cancel()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
@@ -119,7 +128,7 @@ class FakeAgent:
         self.started_at = _timestamp()
         self.script.residual_bytes = self.script.after_restart_bytes
         if self.action is not None and self.action.state is ActionState.ACTING:
-            self._note(self.action.restart_id, self.action.step, ActionState.DONE)
+            self._end(self.action.restart_id, self.action.step)
 
     def report(self) -> Report:
         self.sequence += 1
@@ -183,9 +192,10 @@ class FakeAgent:
             return web.json_response({"error": "not here"}, status=self.script.recycle_status)
         if not self._is_known(order.restart_id, ActionStep.RECYCLE):
             self._execute(order.restart_id, ActionStep.RECYCLE)
-            self.epoch += 1
-            self.script.residual_bytes = self.script.after_recycle_bytes
-            self._note(order.restart_id, ActionStep.RECYCLE, ActionState.DONE)
+            if self.script.recycle_seconds:
+                self._recycling = asyncio.create_task(self._recycle_slowly(order.restart_id))
+            else:
+                self._finish_recycle(order.restart_id)
         self.on_call("after", request.path)
         return web.json_response({}, status=202)
 
@@ -196,7 +206,6 @@ class FakeAgent:
             return web.json_response({"error": "not here"}, status=self.script.restart_status)
         if not self._is_known(order.restart_id, ActionStep.IN_PLACE):
             self._execute(order.restart_id, ActionStep.IN_PLACE)
-            self._note(order.restart_id, ActionStep.IN_PLACE, ActionState.ACTING)
             self.on_exit()
         self.on_call("after", request.path)
         return web.json_response({}, status=202)
@@ -205,8 +214,23 @@ class FakeAgent:
         known = self.action
         return known is not None and (known.restart_id, known.step) == (restart_id, step)
 
+    async def _recycle_slowly(self, restart_id: str) -> None:
+        await asyncio.sleep(self.script.recycle_seconds)
+        self._finish_recycle(restart_id)
+
+    def _finish_recycle(self, restart_id: str) -> None:
+        self.epoch += 1
+        self.script.residual_bytes = self.script.after_recycle_bytes
+        self._end(restart_id, ActionStep.RECYCLE)
+
     def _execute(self, restart_id: str, step: ActionStep) -> None:
-        self.executed.append(Executed(restart_id, step, self.boot_id))
+        began = asyncio.get_running_loop().time()
+        self.executed.append(Executed(restart_id, step, self.boot_id, began))
+        self._note(restart_id, step, ActionState.ACTING)
+
+    def _end(self, restart_id: str, step: ActionStep) -> None:
+        self.executed[-1].ended = asyncio.get_running_loop().time()
+        self._note(restart_id, step, ActionState.DONE)
 
     def _note(self, restart_id: str, step: ActionStep, state: ActionState) -> None:
         self.action = ActionReport(restart_id=restart_id, step=step, state=state, at=_timestamp())

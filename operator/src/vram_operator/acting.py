@@ -86,8 +86,9 @@ class Acting:
         self._connect()
 
     def _connect(self) -> None:
-        self._poller.on_news = self._queue.add
+        self._poller.on_news = self._queue.add_after
         self._applier.calls.on_answer = self._queue.add
+        self._reconciler.on_place = self._queue.add
         self._poller.metrics = self._around.metrics
         self._gatherer.public_keys = lambda: self._require_signer().public_keys_pem
         gauges = Gauges(

@@ -8,7 +8,9 @@ eviction by the UID. Answers of agents and of the Eviction API are no failures b
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
+from itertools import groupby
 
 import structlog
 
@@ -19,6 +21,7 @@ from vram_operator.clock import Clock
 from vram_operator.core.plan import (
     Action,
     AnnotateWorkload,
+    CallRecycle,
     CreateRestart,
     DeleteRestart,
     EmitEvent,
@@ -60,6 +63,11 @@ KINDS = {
     "ConfigMap": CONFIG_MAPS,
 }
 
+SIDE_BY_SIDE = 8
+"""So many writes of one plan are under way at a time, where hundreds of pods leak at once."""
+_INDEPENDENT = (CreateRestart, PatchRestartStatus, EmitEvent, CallRecycle)
+"""Each is about another restart; calls that take pods away stay one after the other."""
+
 _log = structlog.get_logger(__name__)
 
 
@@ -95,12 +103,20 @@ class Applier:
         self.calls = SlowCalls(self._pods, tools.facts, tools.clock)
 
     async def apply(self, workload: Workload, plan: Plan) -> None:
-        """Carry out every action in order.
+        """Carry out every action in order; neighbours that are independent go side by side.
 
         Raises StaleError, RefusedManifestError and what the API raises; the rest is then not done.
         """
-        for action in plan.actions:
-            await self._carry_out(workload, action)
+        for _, neighbours in groupby(plan.actions, _kind):
+            batch = list(neighbours)
+            for first in range(0, len(batch), SIDE_BY_SIDE):
+                some = batch[first : first + SIDE_BY_SIDE]
+                done = await asyncio.gather(
+                    *(self._carry_out(workload, action) for action in some), return_exceptions=True
+                )
+                for error in done:
+                    if error is not None:
+                        raise error
 
     async def _carry_out(self, workload: Workload, action: Action) -> None:
         match action:
@@ -242,6 +258,11 @@ class Applier:
                 raise StaleError(f"{resource.plural} {place[1]} has changed") from error
             raise
         self._cache.observe(resource, answer)
+
+
+def _kind(action: Action) -> object:
+    """Return what is the same for neighbours that do not depend on each other."""
+    return type(action) if isinstance(action, _INDEPENDENT) else id(action)
 
 
 def _place(metadata: Object) -> dict[str, str]:

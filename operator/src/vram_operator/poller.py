@@ -2,7 +2,7 @@
 
 Every pod with an address and a control port is a key of one queue: that bounds how many are asked
 at a time, and gives each its own rhythm. Nearer a threshold an agent is asked twice as often, far
-from it a third as often, and while a restart of it is open each second.
+from it a third as often, and while a restart of it runs each second.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vram_operator.clock import Clock
 from vram_operator.core.evidence import history_seconds
 from vram_operator.core.snapshot import Agent
 from vram_operator.facts import Facts
+from vram_operator.gather import is_active
 from vram_operator.kube import PODS, RESTARTS, WORKLOADS, Object
 from vram_operator.metrics import Metrics
 from vram_operator.pods import (
@@ -37,6 +38,8 @@ CONCURRENT_POLLS = 64
 ACTING_INTERVAL_SECONDS = 1.0
 NEAR_SHARE = 0.75
 FAR_SHARE = 0.5
+SAMPLE_SECONDS = 0.5
+"""Reports that only add to the evidence are looked at together: hundreds may come in a second."""
 _NOTICED_BYTES = 64 * 1024 * 1024
 
 _log = structlog.get_logger(__name__)
@@ -49,26 +52,32 @@ class Urgency:
     residual_bytes: int
     threshold_bytes: int | None
     acting: bool
+    """Does a restart of it run?"""
+    waiting: bool = False
+    """Does one wait? What it rests on must not get stale meanwhile."""
 
 
 def next_poll_seconds(interval_seconds: float, urgency: Urgency) -> float:
     """Return when to ask an agent next.
 
-    1. A restart of it is open: each second, or twice as often as usual if that is more often.
-    2. There is no threshold: as usual.
-    3. The residual is near or above the threshold: twice as often.
-    4. It is far below: a third as often. 5. In between: as usual.
+    1. A restart of it runs: each second, or twice as often as usual if that is more often.
+    2. One waits: twice as often as usual.
+    3. There is no threshold: as usual.
+    4. The residual is near or above the threshold: twice as often.
+    5. It is far below: a third as often. 6. In between: as usual.
     """
     if urgency.acting:  # 1
         return min(ACTING_INTERVAL_SECONDS, interval_seconds / 2)
-    if not urgency.threshold_bytes:  # 2
+    if urgency.waiting:  # 2
+        return interval_seconds / 2
+    if not urgency.threshold_bytes:  # 3
         return interval_seconds
     share = urgency.residual_bytes / urgency.threshold_bytes
-    if share >= NEAR_SHARE:  # 3
+    if share >= NEAR_SHARE:  # 4
         return interval_seconds / 2
-    if share < FAR_SHARE:  # 4
+    if share < FAR_SHARE:  # 5
         return interval_seconds * 3
-    return interval_seconds  # 5
+    return interval_seconds  # 6
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,11 @@ class Rhythm:
 
 
 class Poller:
-    """Keeps `Facts` up to date. ``on_news`` is told of a workload whose agents said something."""
+    """Keeps `Facts` up to date.
+
+    ``on_news`` is told of a workload whose agents said something, and in how many seconds at the
+    latest it should be looked at.
+    """
 
     def __init__(
         self, client: AgentClient, cache: Cache, facts: Facts, clock: Clock, rhythm: Rhythm
@@ -91,7 +104,7 @@ class Poller:
         self._clock = clock
         self._rhythm = rhythm
         self._queue: KeyedQueue[Key] = KeyedQueue(self._poll, self._on_error, rhythm.jitter)
-        self.on_news: Callable[[Key], None] = lambda _: None
+        self.on_news: Callable[[Key, float], None] = lambda _key, _seconds: None
         self.metrics: Metrics | None = None
 
     def notice(self, pod: Object) -> None:
@@ -150,7 +163,7 @@ class Poller:
             self._facts.record_silence(uid, str(error))
             if not before.error:
                 _log.info("agent silent", namespace=place[0], pod=place[1], error=str(error))
-                self.on_news(key)
+                self.on_news(key, 0.0)
             return self._rhythm.interval_seconds / 2
         if self.metrics is not None and before.received_at is not None:
             age = self._clock.now() - before.received_at
@@ -158,17 +171,25 @@ class Poller:
         urgency = self._urgency(workload, key, report, place[1])
         is_near = urgency.threshold_bytes and urgency.residual_bytes >= urgency.threshold_bytes
         turned = is_growing(before) != is_growing(self._facts.agent(uid))
-        if before.error or is_near or turned or gist(before.report) != gist(report):
-            self.on_news(key)
+        if before.error or turned or gist(before.report) != gist(report):
+            self.on_news(key, 0.0)
+        elif is_near:
+            self.on_news(key, SAMPLE_SECONDS)
         return next_poll_seconds(self._rhythm.interval_seconds, urgency)
 
     def _urgency(self, workload: Object, key: Key, report: Report, pod_name: str) -> Urgency:
-        acting = report.draining or any(
-            not (restart.get("status") or {}).get("outcome")
-            and restart["spec"]["pod"]["name"] == pod_name
+        open_ones = [
+            restart
             for restart in self._cache.members(RESTARTS, key)
+            if restart["spec"]["pod"]["name"] == pod_name
+            and not (restart.get("status") or {}).get("outcome")
+        ]
+        return Urgency(
+            report.memory.residual_bytes,
+            threshold_bytes(workload),
+            acting=report.draining or any(is_active(restart) for restart in open_ones),
+            waiting=bool(open_ones),
         )
-        return Urgency(report.memory.residual_bytes, threshold_bytes(workload), acting)
 
     def _on_error(self, place: Key, error: Exception) -> None:
         _log.error("polling failed", namespace=place[0], pod=place[1], exc_info=error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import structlog
@@ -18,6 +18,7 @@ from vram_operator.apply import Applier, RefusedManifestError
 from vram_operator.cache import Key
 from vram_operator.clock import Clock
 from vram_operator.core.condition_list import is_true
+from vram_operator.core.phases import is_active
 from vram_operator.core.plan import EmitEvent, EnsureObject, PatchRestartStatus, Plan
 from vram_operator.core.planning import plan
 from vram_operator.core.snapshot import Snapshot
@@ -31,6 +32,11 @@ IMMEDIATE_VISITS = 20
 SETTLING_SECONDS = 1.0
 # A refused template may be admitted later, when a quota or policy has changed.
 REFUSED_SECONDS = 60.0
+SHARED_REASONS = frozenset({str(Reason.CONCURRENCY_CAP), str(Reason.NODE_BUSY)})
+"""What restarts wait for that those of other workloads hold."""
+# A place is offered to so many: the first may have to wait for its node too. Whom it is not offered
+# to looks again by itself, some seconds later.
+OFFERS = 3
 
 _log = structlog.get_logger(__name__)
 
@@ -47,6 +53,8 @@ class Reconciler:
         self._clock = clock
         self._admission = asyncio.Lock()
         self._visits: Counter[Key] = Counter()
+        self.on_place: Callable[[Key], None] = lambda _: None
+        """Told of a workload whose restarts may have a place now."""
         self.blocked: dict[Key, tuple[str, ...]] = {}
         """Why restarts of each workload wait, for the metrics."""
 
@@ -82,7 +90,19 @@ class Reconciler:
         except RefusedManifestError as error:
             return await self._refused(key, snapshot, str(error))
         self._count(planned)
+        self._offer(key, freed_places(snapshot, planned))
         return self._next_visit(key, planned)
+
+    def _offer(self, key: Key, places: int) -> None:
+        """Wake workloads that wait for a restart of another one to end, in turn."""
+        waiting = [
+            other
+            for other, reasons in self.blocked.items()
+            if other != key and not SHARED_REASONS.isdisjoint(reasons)
+        ]
+        for other in waiting[: places * OFFERS]:
+            self.blocked[other] = self.blocked.pop(other)
+            self.on_place(other)
 
     async def _refused(self, key: Key, before: Snapshot, message: str) -> float:
         """Do all but what the apiserver refused, so that the status says it; try again later."""
@@ -110,7 +130,7 @@ class Reconciler:
             if self._visits[key] <= IMMEDIATE_VISITS:  # 1
                 return 0.0
             if self._visits[key] == IMMEDIATE_VISITS + 1:  # 2
-                _log.warning("plan does not settle", namespace=key[0], workload=key[1])
+                _log.info("much to do, once a second now", namespace=key[0], workload=key[1])
             return SETTLING_SECONDS
         self._visits.pop(key, None)
         if planned.requeue_at is None:  # 3
@@ -130,6 +150,17 @@ def takes_a_place(snapshot: Snapshot, planned: Plan) -> bool:
         isinstance(action, PatchRestartStatus)
         and action.name not in admitted
         and _is_admitted(action.status.conditions)
+        for action in planned.actions
+    )
+
+
+def freed_places(snapshot: Snapshot, planned: Plan) -> int:
+    """Return how many restarts that ran the plan has end, or queue for their next step."""
+    running = {one.name for one in snapshot.restarts if is_active(one.status)}
+    return sum(
+        isinstance(action, PatchRestartStatus)
+        and action.name in running
+        and not is_active(action.status)
         for action in planned.actions
     )
 

@@ -7,7 +7,7 @@ import json
 import secrets
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import aiohttp
@@ -23,8 +23,8 @@ CRDS = Path(__file__).parents[3] / "crds"
 NODE = "operator-tests"
 
 
-@pytest.fixture(scope="session")
-def server(control_plane: Cluster) -> Iterator[str]:
+@contextmanager
+def serve_control_plane(control_plane: Cluster) -> Iterator[str]:
     """The control plane with the CRDs and a node, behind ``kubectl proxy``."""
     control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRDS))
     control_plane.kubectl(
@@ -47,6 +47,13 @@ def server(control_plane: Cluster) -> Iterator[str]:
         assert proxy.stdout is not None
         yield "http://" + proxy.stdout.readline().rsplit(" ", 1)[1].strip()
         proxy.terminate()
+
+
+@pytest.fixture(scope="session")
+def server(control_plane: Cluster) -> Iterator[str]:
+    """The address of the control plane that all tests share."""
+    with serve_control_plane(control_plane) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +85,7 @@ async def open_world(server: str, kubeconfig: Path, folder: Path) -> AsyncIterat
         client = Client(session, server, namespace)
         body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
         await client.send("POST", "/api/v1/namespaces", body)
-        kubelet = Kubelet(client, NODE)
+        kubelet = Kubelet(client, [NODE])
         playing = asyncio.create_task(kubelet.run())
         try:
             yield World(client, kubelet, make)

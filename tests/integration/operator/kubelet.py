@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -24,6 +24,7 @@ from tests.integration.operator.client import CORE, Client, Object, Refused
 from tests.support.agents import FakeAgent, Script
 
 PERIOD_SECONDS = 0.1
+"""How often pods are looked at, in a namespace of a few."""
 _numbers = itertools.count(1)
 
 
@@ -52,16 +53,22 @@ class Running:
 
 @dataclass
 class Kubelet:
-    """``age_seconds`` is for how long a new pod's container claims to have run already."""
+    """``age_seconds`` is for how long a new pod's container claims to have run already.
+
+    Pods go to ``nodes`` in turn; a node object must be there for each, or its pods are removed.
+    """
 
     client: Client
-    node: str
+    nodes: Sequence[str]
     scripts: Callable[[], Script] = Script
     age_seconds: float = 3600.0
     restart_seconds: float = 0.3
+    period_seconds: float = PERIOD_SECONDS
     running: dict[str, Running] = field(default_factory=dict)
     history: list[Running] = field(default_factory=list)
     make_container: Callable[[Kubelet, Object], Container] | None = None
+    _bound: int = 0
+    _starting_again: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def run(self) -> None:
         """Play until cancelled."""
@@ -70,8 +77,10 @@ class Kubelet:
                 for pod in await self.client.items(CORE, "pods"):
                     with suppress(Refused):  # the pod changed under our hands; look again
                         await self._tend(pod)
-                await asyncio.sleep(PERIOD_SECONDS)
+                await asyncio.sleep(self.period_seconds)
         finally:
+            for task in self._starting_again:
+                task.cancel()
             for one in self.running.values():
                 await one.container.stop()
 
@@ -95,11 +104,16 @@ class Kubelet:
         elif known is None:
             await self._start(pod)
         elif known.exited:
-            await self._start_again(known)
+            known.exited = False
+            task = asyncio.create_task(self._start_again(known))
+            self._starting_again.add(task)
+            task.add_done_callback(self._starting_again.discard)
 
     async def _bind(self, pod: Object) -> None:
         name = pod["metadata"]["name"]
-        target = {"apiVersion": "v1", "kind": "Node", "name": self.node}
+        node = self.nodes[self._bound % len(self.nodes)]
+        self._bound += 1
+        target = {"apiVersion": "v1", "kind": "Node", "name": node}
         body = {
             "apiVersion": "v1",
             "kind": "Binding",
@@ -112,7 +126,7 @@ class Kubelet:
         # Each test process and each pod has an address that no other has.
         number = next(_numbers)
         ip = f"127.{(os.getpid() // 250) % 250 + 1}.{os.getpid() % 250 + 1}.{number % 250 + 1}"
-        make = self.make_container or Kubelet._fake_agent
+        make = self.make_container or Kubelet.fake_agent
         started = datetime.now(UTC) - timedelta(seconds=self.age_seconds)
         one = Running(pod, ip, make(self, pod), started)
         one.container.on_exit = lambda: setattr(one, "exited", True)
@@ -121,7 +135,8 @@ class Kubelet:
         self.history.append(one)
         await self._write_status(one, ready=True)
 
-    def _fake_agent(self, pod: Object) -> FakeAgent:
+    def fake_agent(self, pod: Object) -> FakeAgent:
+        """Make the agent that stands in a pod unless a test says otherwise."""
         metadata = pod["metadata"]
         identity = PodIdentity(
             namespace=metadata["namespace"], name=metadata["name"], uid=metadata["uid"]
@@ -133,12 +148,16 @@ class Kubelet:
     async def _start_again(self, one: Running) -> None:
         await one.container.stop()
         one.finished = datetime.now(UTC)
-        await self._write_status(one, ready=False)
+        with suppress(Refused):  # the pod is on its way out
+            await self._write_status(one, ready=False)
         await asyncio.sleep(self.restart_seconds)
-        one.exited, one.restarts, one.started = False, one.restarts + 1, datetime.now(UTC)
+        if self.running.get(one.pod["metadata"]["uid"]) is not one:
+            return
+        one.restarts, one.started = one.restarts + 1, datetime.now(UTC)
         one.container.reboot()
         await one.container.start(one.ip, CONTROL_PORT)
-        await self._write_status(one, ready=True)
+        with suppress(Refused):
+            await self._write_status(one, ready=True)
 
     async def _take_down(self, pod: Object, known: Running | None) -> None:
         if known is not None:

@@ -65,6 +65,11 @@ class Operator:
         return self._process is not None
 
     @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def name(self) -> str:
         return self._log.stem
 

@@ -11,12 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from vram_agent.protocol import SERVING_PORT
 
 from tests.integration.operator.client import CORE, Client, Object
 from tests.integration.operator.kubelet import Kubelet
 
 MODELS = Path(__file__).parent
+LEAKY = {
+    "name": "leaky",
+    "runtime": "Python",
+    "source": "leaky:make",
+    "options": {"path": str(MODELS)},
+    # The GPU process stays after a task, and with it what it leaked.
+    "residency": {"afterTask": "Keep", "offloadTier": "PinnedHost", "idleTimeoutSeconds": 0},
+}
 
 
 @dataclass
@@ -104,3 +113,15 @@ def real_agents(folder: Path) -> Callable[[Kubelet, Object], RealAgent]:
         return RealAgent(kubelet.client, pod, own)
 
     return make
+
+
+async def leak(ip: str, mebibytes: int) -> None:
+    """Have the model LEAKY of the agent at this address keep memory, as a request would."""
+    body = {
+        "inputs": [{"name": "mebibytes", "shape": [1], "datatype": "INT64", "data": [mebibytes]}]
+    }
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"http://{ip}:{SERVING_PORT}/v2/models/leaky/infer", json=body) as response,
+    ):
+        assert response.status == 200, await response.text()

@@ -5,23 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import aiohttp
 import pytest
 
 from tests.integration.operator.client import Object, eventually
-from tests.integration.operator.real_agents import MODELS, RealAgent, real_agents
+from tests.integration.operator.real_agents import LEAKY, RealAgent, leak, real_agents
 from tests.integration.operator.world import World, manual_restart, workload
 
 pytestmark = [pytest.mark.control_plane, pytest.mark.timeout(300)]
-
-LEAKY = {
-    "name": "leaky",
-    "runtime": "Python",
-    "source": "leaky:make",
-    "options": {"path": str(MODELS)},
-    # The GPU process stays after a task, and with it what it leaked.
-    "residency": {"afterTask": "Keep", "offloadTier": "PinnedHost", "idleTimeoutSeconds": 0},
-}
 
 
 def leaky_workload(**restart: object) -> Object:
@@ -38,17 +28,10 @@ async def real_world(world: World, tmp_path: Path) -> AsyncIterator[World]:
         print(f"--- agent of {one.pod['metadata']['name']}\n{one.container.log}")
 
 
-async def leak(world: World, mebibytes: int) -> None:
-    """Have the model keep memory, as a request would."""
+async def leak_in(world: World, mebibytes: int) -> None:
+    """Have the model of the one pod keep memory."""
     (one,) = world.kubelet.running.values()
-    body = {
-        "inputs": [{"name": "mebibytes", "shape": [1], "datatype": "INT64", "data": [mebibytes]}]
-    }
-    async with (
-        aiohttp.ClientSession() as session,
-        session.post(f"http://{one.ip}:8000/v2/models/leaky/infer", json=body) as response,
-    ):
-        assert response.status == 200, await response.text()
+    await leak(one.ip, mebibytes)
 
 
 async def test_a_leak_is_recycled_away_and_measured(real_world: World) -> None:
@@ -56,7 +39,7 @@ async def test_a_leak_is_recycled_away_and_measured(real_world: World) -> None:
     await real_world.start()
     await real_world.create(leaky_workload(residual=residual))
     await real_world.until_ready()
-    await leak(real_world, 400)
+    await leak_in(real_world, 400)
     (restart,) = await real_world.until_finished(timeout_seconds=90)
 
     status = restart["status"]
@@ -65,7 +48,7 @@ async def test_a_leak_is_recycled_away_and_measured(real_world: World) -> None:
     (one,) = real_world.kubelet.history
     assert isinstance(one.container, RealAgent)
     assert one.container.exits == []
-    await leak(real_world, 1)
+    await leak_in(real_world, 1)
 
 
 async def test_a_restart_in_place_ends_pid_1_once_and_the_pod_serves_again(
@@ -74,7 +57,7 @@ async def test_a_restart_in_place_ends_pid_1_once_and_the_pod_serves_again(
     await real_world.start()
     await real_world.create(leaky_workload())
     await real_world.until_ready()
-    await leak(real_world, 1)
+    await leak_in(real_world, 1)
     (pod,) = await real_world.pods()
     await real_world.create(manual_restart("by-hand", pod["metadata"]["name"]))
     (restart,) = await real_world.until_finished(timeout_seconds=90)
@@ -87,7 +70,7 @@ async def test_a_restart_in_place_ends_pid_1_once_and_the_pod_serves_again(
     assert one.restarts == 1
 
     async def serves() -> bool:
-        await leak(real_world, 1)
+        await leak_in(real_world, 1)
         return True
 
     await eventually(serves, "the pod serves again")

@@ -18,7 +18,7 @@ from vram_agent.protocol import AgentConfig
 from vram_agent.runtimes.registry import list_runtimes
 from vram_operator import api
 from vram_operator.api_wire import _pruned, _type_info
-from vram_operator.core import resources, triggers
+from vram_operator.core import breaker, resources, triggers
 from vram_operator.settings import FLAGS, Settings, from_texts
 from vram_operator.signing import SECRET_NAME
 
@@ -205,7 +205,7 @@ def test_documented_flags_and_defaults_are_those_of_the_operator() -> None:
         protocol.CONTROL_PORT_ANNOTATION,
         protocol.RESTART_ANNOTATION,
         triggers.HANDLED_ANNOTATION,
-        triggers.GENERATION_ANNOTATION,
+        breaker.GENERATION_ANNOTATION,
         resources.CONTENT_HASH_ANNOTATION,
         api.TRUST_CONFIG_MAP,
         api.TRUST_KEY,

@@ -21,6 +21,7 @@ from vram_operator.api import (
     RestartOutcome,
     RestartTrigger,
 )
+from vram_operator.core.breaker import is_degraded, say_degraded
 from vram_operator.core.evidence import EvidenceReason
 from vram_operator.core.figures import show_time
 from vram_operator.core.phases import concerns, is_active, open_attempt
@@ -38,6 +39,8 @@ from vram_operator.core.visit import Visit
 ANSWER_COUNTS = timedelta(seconds=15)
 """For how long an answer of the Eviction API may be acted on, and when it is asked again."""
 IN_PLACE_AGE = timedelta(seconds=MINIMUM_IN_PLACE_COOLDOWN_SECONDS)
+IN_LINE = frozenset({Reason.NODE_BUSY, Reason.CONCURRENCY_CAP, Reason.MAX_UNAVAILABLE})
+"""Waiting for other restarts to end: what a restart waits for in a storm, now this and now that."""
 AGENT_STEPS = frozenset({RestartMethod.RECYCLE, RestartMethod.IN_PLACE})
 """Steps that the agent carries out itself."""
 
@@ -84,8 +87,8 @@ def find_wait(visit: Visit, candidate: Candidate) -> Wait | None:
 
     1. the spec is accepted;
     2. no other restart of this pod, or of its node, runs;
-    3. suspend, cooldown, windows and evidence, for what a person did not ask for, before the
-       first step;
+    3. suspend, cooldown, windows, the circuit breaker and evidence, for what a person did not ask
+       for, before the first step;
     4. no rollout is in progress, and for a step of the agent, the agent reports;
     5. a container that is to exit has run for longer than the kubelet's back-off;
     6. the cluster-wide cap;
@@ -176,7 +179,7 @@ def _wait_for_node(visit: Visit, candidate: Candidate) -> Wait | None:
     pod = candidate.pod
     for restart in visit.snapshot.restarts:
         is_other = restart.uid != candidate.restart.uid
-        if is_other and is_active(restart.status) and concerns(restart, pod):
+        if is_other and concerns(restart, pod) and is_active(restart.status):
             message = f"restart {restart.name} of the same pod runs"
             return Wait(reason=Reason.NODE_BUSY, message=message)
     for active in candidate.active:
@@ -189,7 +192,16 @@ def _wait_for_node(visit: Visit, candidate: Candidate) -> Wait | None:
 def _wait_for_leave(visit: Visit, candidate: Candidate) -> Wait | None:
     if not candidate.is_first:
         return None
-    return find_leave(visit, candidate.pod, candidate.trigger)
+    return find_leave(visit, candidate.pod, candidate.trigger) or _wait_for_breaker(
+        visit, candidate
+    )
+
+
+def _wait_for_breaker(visit: Visit, candidate: Candidate) -> Wait | None:
+    """Hold those that were decided, with others at once, before these did not help."""
+    if candidate.trigger is not RestartTrigger.RESIDUAL or not is_degraded(visit):
+        return None
+    return Wait(reason=Reason.RESTARTS_DO_NOT_HELP, message=say_degraded(visit))
 
 
 def _wait_for_evidence(visit: Visit, candidate: Candidate) -> Wait | None:
@@ -253,7 +265,9 @@ def _wait_for_cap(visit: Visit, candidate: Candidate) -> Wait | None:
     first = min(candidate.active, key=lambda active: (active.namespace, active.name))
     return Wait(
         reason=Reason.CONCURRENCY_CAP,
-        message=f"{cap} of {cap} restarts run, {first.namespace}/{first.name} among them",
+        message=f"{cap} of {cap} restarts run",
+        # They come and go: what all others wait for would be written anew with each of them.
+        figures=f"{first.namespace}/{first.name} among them",
     )
 
 
@@ -277,10 +291,15 @@ def _wait_for_availability(visit: Visit, candidate: Candidate) -> Wait | None:
     count = len(restarting | away) + max(0, missing - len(gone))
     if count < limit:
         return None
-    named = ", ".join(sorted(restarting | away)[:3]) or f"{missing} missing"
+    # A pod that is away for another reason stays the blocker; those that are restarted take turns.
+    broken = ", ".join(sorted(away - restarting)[:3]) or (
+        "" if restarting else f"{missing} missing"
+    )
+    unavailable = f"{count} of at most {limit} pods are unavailable"
     return Wait(
         reason=Reason.MAX_UNAVAILABLE,
-        message=f"{count} of at most {limit} pods are unavailable: {named}",
+        message=": ".join(filter(None, (unavailable, broken))),
+        figures=", ".join(sorted(restarting)[:3]),
     )
 
 

@@ -367,10 +367,9 @@ def _restart_blocked(progress: Progress) -> Finding:
     if first is None:
         return Finding(type_, _FALSE, Reason.NOT_BLOCKED)
     others = len(_waiting(progress)) - 1
-    more = f" (and {others} more)" if others else ""
-    return Finding(
-        type_, _TRUE, first.reason, f"{first.restart or first.pod}: {first.message}{more}"
-    )
+    figures = "; ".join(filter(None, (first.figures, f"{others} more wait" if others else "")))
+    message = f"{first.restart or first.pod}: {first.message}"
+    return Finding(type_, _TRUE, first.reason, message, figures)
 
 
 def _degraded(visit: Visit, progress: Progress) -> Finding:

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 
 from vram_operator.api import RestartCondition, RestartTrigger, WorkloadCondition
 from vram_operator.core.admission import concurrency_cap, find_leave, unavailable_limit
+from vram_operator.core.breaker import failure_streak
 from vram_operator.core.condition_list import find_condition, is_true
 from vram_operator.core.figures import say_jitter, show_bytes, show_span, show_time
 from vram_operator.core.forecast import foresee
@@ -42,7 +43,6 @@ from vram_operator.core.schedule import (
 from vram_operator.core.snapshot import Agent, Pod, Snapshot
 from vram_operator.core.standing import find_standing, say_dry_run
 from vram_operator.core.trend import FURTHEST
-from vram_operator.core.triggers import failure_streak
 from vram_operator.core.visit import Visit, begin_visit
 
 

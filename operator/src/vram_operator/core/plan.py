@@ -181,12 +181,16 @@ Action = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocked:
-    """A restart that waits, for which pod, and for what. ``restart`` is empty before it exists."""
+    """A restart that waits, for which pod, and for what. ``restart`` is empty before it exists.
+
+    ``figures`` go with the message as in a condition: they are those of when it was said first.
+    """
 
     pod: str
     restart: str
     reason: Reason
     message: str
+    figures: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from vram_operator.api import EventReason
+from vram_operator.core.breaker import count_failures
 from vram_operator.core.conditions import (
     Progress,
     events_of,
@@ -28,7 +29,7 @@ from vram_operator.core.restarts import advance_all
 from vram_operator.core.retention import plan_retention
 from vram_operator.core.snapshot import Snapshot
 from vram_operator.core.status import make_status
-from vram_operator.core.triggers import count_failures, decide_restarts
+from vram_operator.core.triggers import decide_restarts
 from vram_operator.core.turn import earliest
 from vram_operator.core.upkeep import plan_upkeep
 from vram_operator.core.visit import begin_visit

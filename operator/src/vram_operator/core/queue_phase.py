@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from vram_operator.api import (
+    Condition,
     ConditionStatus,
     EventReason,
     Reason,
@@ -17,7 +18,7 @@ from vram_operator.api import (
     RestartOutcome,
     RestartTrigger,
 )
-from vram_operator.core.admission import AGENT_STEPS, Candidate, Wait, find_wait
+from vram_operator.core.admission import AGENT_STEPS, IN_LINE, Candidate, Wait, find_wait
 from vram_operator.core.condition_list import Finding, find_condition
 from vram_operator.core.evidence import EvidenceReason
 from vram_operator.core.figures import name_some, show_time, whole_seconds
@@ -200,7 +201,6 @@ def _say_steps(visit: Visit, candidate: Candidate) -> str:
 def _hold(visit: Visit, candidate: Candidate, wait: Wait) -> Turn:
     restart, pod = candidate.restart, candidate.pod
     before = find_condition(restart.status.conditions, RestartCondition.ADMITTED)
-    news = before is None or before.reason != wait.reason
     pending = wait.reason is Reason.PENDING
     status = ConditionStatus.UNKNOWN if pending else ConditionStatus.FALSE
     finding = Finding(RestartCondition.ADMITTED, status, wait.reason, wait.message, wait.figures)
@@ -214,13 +214,26 @@ def _hold(visit: Visit, candidate: Candidate, wait: Wait) -> Turn:
     return Turn(
         restart=note(visit, restart, finding),
         actions=(DryRunEvict(pod=pod),) if wait.ask else (),
-        events=(event,) if news and not pending else (),
+        events=(event,) if not pending and _is_news(before, wait) else (),
         blocked=None
         if pending
-        else Blocked(pod=pod.name, restart=restart.name, reason=wait.reason, message=wait.message),
+        else Blocked(
+            pod=pod.name,
+            restart=restart.name,
+            reason=wait.reason,
+            message=wait.message,
+            figures=wait.figures,
+        ),
         # What frees a place in another workload is no news of this one.
         requeue_at=earliest([wait.requeue_at, past_deadline, visit.now + LOOKS_AGAIN]),
     )
+
+
+def _is_news(before: Condition | None, wait: Wait) -> bool:
+    """Is what a restart waits for worth an Event? Not which of the others it is behind now."""
+    if before is None:
+        return True
+    return before.reason != wait.reason and not {before.reason, wait.reason} <= IN_LINE
 
 
 def _admit(visit: Visit, candidate: Candidate) -> Turn:

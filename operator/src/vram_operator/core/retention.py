@@ -9,9 +9,10 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from vram_operator.api import RESTART_ANNOTATION
+from vram_operator.core.breaker import failure_streak
 from vram_operator.core.plan import DeleteRestart
 from vram_operator.core.snapshot import Restart
-from vram_operator.core.triggers import HANDLED_ANNOTATION, failure_streak
+from vram_operator.core.triggers import HANDLED_ANNOTATION
 from vram_operator.core.turn import earliest
 from vram_operator.core.visit import Visit
 

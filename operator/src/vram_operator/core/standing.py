@@ -67,7 +67,7 @@ def find_standing(
         again = f", looked at again within {show_span(LOOKS_AGAIN)}" if waiting.restart else ""
         return Standing(
             f"{waiting.restart or waiting.pod} waits ({waiting.reason}){again}; {scheduled}",
-            waiting.message,
+            ": ".join(filter(None, (waiting.message, waiting.figures))),
         )
     if not visit.pods:  # 3
         return Standing(f"the workload has no pods; {scheduled}")

@@ -28,12 +28,12 @@ from vram_operator.api import (
     WORKLOAD_LABEL,
     PodRef,
     Reason,
-    RestartOutcome,
     RestartSpec,
     RestartTrigger,
     encode,
 )
 from vram_operator.core.admission import find_leave
+from vram_operator.core.breaker import GENERATION_ANNOTATION, is_degraded, say_degraded
 from vram_operator.core.evidence import COLLECTING, EvidenceReason
 from vram_operator.core.figures import say_jitter, show_time
 from vram_operator.core.phases import concerns, is_finished
@@ -52,12 +52,9 @@ from vram_operator.core.visit import Visit
 
 HANDLED_ANNOTATION = "vram.dev/restart-handled"
 """On the workload: the last value of ``vram.dev/restart`` that all pods were restarted for."""
-GENERATION_ANNOTATION = "vram.dev/workload-generation"
-"""On a GPUPodRestart: the workload's generation when it was decided."""
 
 FORESEEN_EVERY = timedelta(minutes=10)
 """In an open window a residual is asked so often where it leads, whatever news comes of it."""
-_COUNTED = frozenset({RestartOutcome.NOT_RECOVERED, RestartOutcome.FAILED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,38 +113,6 @@ def decide_restarts(visit: Visit) -> Decisions:
     )
 
 
-def count_failures(visit: Visit) -> int:
-    """Return how many restarts in a row did not help, under the spec as it is now."""
-    return len(failure_streak(visit))
-
-
-def failure_streak(visit: Visit) -> tuple[Restart, ...]:
-    """Return the newest restarts that did not help, newest first, up to one that did.
-
-    Skipped and dry runs say nothing, and neither do restarts of another generation of the spec.
-    """
-    generation = str(visit.snapshot.workload.generation)
-    ended = [
-        restart
-        for restart in visit.snapshot.restarts
-        if restart.status.completion_time is not None
-        and restart.annotations.get(GENERATION_ANNOTATION) == generation
-    ]
-    ended.sort(key=lambda one: (one.status.completion_time or visit.now, one.name), reverse=True)
-    streak = []
-    for restart in ended:
-        if restart.status.outcome is RestartOutcome.RECOVERED:
-            break
-        if restart.status.outcome in _COUNTED:
-            streak.append(restart)
-    return tuple(streak)
-
-
-def is_degraded(visit: Visit) -> bool:
-    """Did so many restarts in a row not help that no further residual one is worth it?"""
-    return count_failures(visit) >= visit.policy.max_consecutive_failures
-
-
 def restart_name(visit: Visit, decision: Decision) -> str:
     """Return the name that every operator would give this restart: creating it is the lock."""
     report = visit.agent_of(decision.pod.uid).report
@@ -159,7 +124,7 @@ def restart_name(visit: Visit, decision: Decision) -> str:
 
 
 def _has_open(restarts: tuple[Restart, ...], pod: Pod) -> bool:
-    return any(not is_finished(one.status) and concerns(one, pod) for one in restarts)
+    return any(concerns(one, pod) and not is_finished(one.status) for one in restarts)
 
 
 def _decide_manual(visit: Visit, free: tuple[Pod, ...], draft: _Draft) -> Iterator[Action]:
@@ -274,7 +239,7 @@ def _decide_residual(visit: Visit, free: tuple[Pod, ...], draft: _Draft) -> None
             continue
         wait = find_leave(visit, pod, RestartTrigger.RESIDUAL)
         if wait is None and degraded:
-            reason, message = Reason.RESTARTS_DO_NOT_HELP, _say_degraded(visit)
+            reason, message = Reason.RESTARTS_DO_NOT_HELP, say_degraded(visit)
             draft.blocked.append(Blocked(pod=pod.name, restart="", reason=reason, message=message))
         elif wait is not None:
             draft.requeue.append(wait.requeue_at)
@@ -284,10 +249,6 @@ def _decide_residual(visit: Visit, free: tuple[Pod, ...], draft: _Draft) -> None
         else:
             at = _last_word_of(visit, pod)
             draft.decided[pod.uid] = Decision(pod, RestartTrigger.RESIDUAL, at, evidence.message)
-
-
-def _say_degraded(visit: Visit) -> str:
-    return f"{visit.policy.max_consecutive_failures} restarts in a row did not help"
 
 
 def _next_foresight(visit: Visit) -> datetime | None:

@@ -7,7 +7,7 @@ may be) is found once, in one place. Called by ``planning`` first; read by all o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from vram_agent.protocol import Report, parse_quantity
@@ -61,6 +61,8 @@ class Visit:
     """Pods that carry the workload's label and are run by something else: left alone."""
     agents: Mapping[str, Agent]
     """What is known of agents, by the UID of their pods."""
+    _weighed: dict[str, Evidence | None] = field(default_factory=dict, compare=False, repr=False)
+    """Evidence by pod, weighed once a visit: conditions, triggers and admission all ask for it."""
 
     @property
     def policy(self) -> RestartPolicy:
@@ -90,7 +92,7 @@ class Visit:
 
     def with_restarts(self, restarts: tuple[Restart, ...]) -> Visit:
         """Return the visit with the restarts as this visit leaves them."""
-        return replace(self, snapshot=replace(self.snapshot, restarts=restarts))
+        return replace(self, snapshot=replace(self.snapshot, restarts=restarts), _weighed={})
 
     def agent_of(self, pod_uid: str) -> Agent:
         """Return what is known of the pod's agent; one that says nothing when nothing is."""
@@ -115,6 +117,11 @@ class Visit:
 
     def evidence_of(self, pod: Pod) -> Evidence | None:
         """Weigh the pod's residual, as it is and as it will be; None without a residual policy."""
+        if pod.uid not in self._weighed:
+            self._weighed[pod.uid] = self._weigh(pod)
+        return self._weighed[pod.uid]
+
+    def _weigh(self, pod: Pod) -> Evidence | None:
         policy, threshold = self.policy.residual, self.threshold_bytes
         if policy is None or threshold is None:
             return None

@@ -224,7 +224,7 @@ def test_the_cap_counts_the_restarts_of_all_workloads_and_names_one() -> None:
     wait = wait_of(snapshot, active=(ELSEWHERE,), trigger=MANUAL)
     assert wait is not None
     assert wait.reason is Reason.CONCURRENCY_CAP
-    assert "other/x-1" in wait.message
+    assert "other/x-1" in wait.figures
 
 
 @pytest.mark.parametrize(

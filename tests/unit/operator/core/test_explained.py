@@ -163,7 +163,8 @@ FAILED = [
                 restarts=(make_restart(POD),),
             ),
             "speech-speech-a waits (NotIdle), looked at again within 10 s; there is no schedule: "
-            "pod speech-a: the evidence does not hold now (NotQuiet)",
+            "pod speech-a: the evidence does not hold now (NotQuiet): residual 9Gi at "
+            "2026-11-23T12:00:00Z was seen with the agent not idle",
             id="decided, and held back by its evidence",
         ),
         pytest.param(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from vram_operator.api import (
+    Attempt,
     RestartMethod,
     RestartOutcome,
     RestartStatus,
@@ -56,6 +57,7 @@ from tests.support.factories import (
 A, B = make_pod("speech-a"), make_pod("speech-b")
 LEAK = (make_agent(A, 9.0),)
 QUEUED = (make_restart(A),)
+BY_HAND = (make_restart(A, method=RestartMethod.RECYCLE, trigger=RestartTrigger.MANUAL),)
 IN_PLACE = (make_restart(A, method=RestartMethod.IN_PLACE, trigger=RestartTrigger.MANUAL),)
 
 
@@ -92,7 +94,7 @@ PodDeed = (CallRecycle, CallRestart, DryRunEvict, Evict, DeletePod)
                 "cluster": elsewhere("node-9"),
             },
             "ConcurrencyCap",
-            "1 of 1 restarts run, prod/tts-1 among them",
+            "1 of 1 restarts run: prod/tts-1 among them",
             id="the cap of the cluster",
         ),
         pytest.param(
@@ -183,6 +185,35 @@ def seen(snapshot: Snapshot, planned: Plan) -> Snapshot:
     )
 
 
+def at_the_cap(name: str, node: str = "node-9") -> Snapshot:
+    """A restart is queued, and another workload's has the one place."""
+    active = ActiveRestart(namespace="prod", name=name, workload="tts", node=node)
+    return make_snapshot(
+        pods=(A,),
+        agents=LEAK,
+        restarts=QUEUED,
+        settings=make_settings(max_concurrent_restarts="1"),
+        cluster=Cluster(total_pods=20, active_restarts=(active,)),
+    )
+
+
+def test_a_restart_in_line_tells_once_whatever_it_waits_for_in_turn() -> None:
+    on_its_node = at_the_cap("tts-1", "node-of-speech-a")
+    planned = plan(on_its_node, NOW)
+    assert [str(one.reason) for one in planned.events if one.pod] == ["RestartBlocked"]
+    assert [str(one.reason) for one in planned.blocked] == ["NodeBusy"]
+    then = replace(seen(on_its_node, planned), cluster=at_the_cap("tts-2").cluster)
+    planned = plan(then, NOW)
+    assert [str(one.reason) for one in planned.blocked] == ["ConcurrencyCap"]
+    assert planned.events == ()
+
+
+def test_nothing_is_written_to_those_in_line_when_others_take_their_turns() -> None:
+    first = at_the_cap("tts-1")
+    then = replace(seen(first, plan(first, NOW)), cluster=at_the_cap("tts-2").cluster)
+    assert [one for one in plan(then, NOW).actions if isinstance(one, PatchRestartStatus)] == []
+
+
 def test_the_circuit_breaker_opens_once_with_an_event_and_says_how_it_closes() -> None:
     calm = make_snapshot(pods=(A,), restarts=FAILURES[:2])
     before = plan(calm, NOW)
@@ -201,6 +232,23 @@ def test_the_circuit_breaker_opens_once_with_an_event_and_says_how_it_closes() -
         ("RestartBlocked", True)
     ]
     assert plan(seen(third, planned), NOW).events == ()
+
+
+def test_restarts_that_were_decided_before_the_circuit_breaker_opened_do_not_begin() -> None:
+    planned = plan(make_snapshot(pods=(A,), agents=LEAK, restarts=(*FAILURES, *QUEUED)), NOW)
+    (write,) = [one for one in planned.actions if isinstance(one, PatchRestartStatus)]
+    admitted = find_condition(write.status.conditions, "Admitted")
+    assert admitted is not None
+    assert (admitted.status, admitted.reason) == ("False", "RestartsDoNotHelp")
+    assert write.status.attempts == []
+    # A person may still ask for one.
+    planned = plan(make_snapshot(pods=(A,), agents=LEAK, restarts=(*FAILURES, *BY_HAND)), NOW)
+    assert [one.method for one in attempts_of(planned)] == [RestartMethod.RECYCLE]
+
+
+def attempts_of(planned: Plan) -> list[Attempt]:
+    writes = [one for one in planned.actions if isinstance(one, PatchRestartStatus)]
+    return [attempt for one in writes for attempt in one.status.attempts]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tests.support.agents import GIB, FakeAgent, Script
 @pytest.mark.parametrize(
     ("residual_gib", "threshold_gib", "acting", "seconds"),
     [
-        pytest.param(0, 8, True, 1, id="while a restart is open: each second"),
+        pytest.param(0, 8, True, 1, id="while a restart runs: each second"),
         pytest.param(9, 8, False, 5, id="above the threshold: a half"),
         pytest.param(6, 8, False, 5, id="near it: a half"),
         pytest.param(5, 8, False, 10, id="in between: as usual"),
@@ -28,8 +28,12 @@ def test_the_rhythm(
     assert next_poll_seconds(10, Urgency(residual_gib * GIB, threshold, acting)) == seconds
 
 
-def test_a_short_interval_stays_short_while_a_restart_is_open() -> None:
+def test_a_short_interval_stays_short_while_a_restart_runs() -> None:
     assert next_poll_seconds(0.4, Urgency(0, None, acting=True)) == 0.2
+
+
+def test_while_a_restart_waits_reports_stay_fresh_however_far_the_threshold_is() -> None:
+    assert next_poll_seconds(10, Urgency(0, 8 * GIB, acting=False, waiting=True)) == 5
 
 
 def test_the_next_report_of_an_unchanged_agent_is_no_news() -> None:

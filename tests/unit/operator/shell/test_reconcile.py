@@ -10,7 +10,7 @@ import pytest
 from vram_operator.api import RestartMethod, RestartTrigger, WorkloadStatus
 from vram_operator.core.plan import CallRestart, PatchRestartStatus, Plan
 from vram_operator.core.planning import plan
-from vram_operator.core.snapshot import Snapshot
+from vram_operator.core.snapshot import ActiveRestart, Cluster, Snapshot
 from vram_operator.live import StaleError
 from vram_operator.metrics import Metrics
 from vram_operator.reconcile import Reconciler
@@ -23,6 +23,7 @@ from tests.support.factories import (
     make_pod,
     make_policy,
     make_restart,
+    make_settings,
     make_snapshot,
     make_template_spec,
     make_workload,
@@ -90,3 +91,46 @@ async def test_no_agent_is_called_while_other_workloads_wait_to_be_admitted() ->
     delay = await Reconciler(gathered, applier, Metrics(), StoppedClock()).reconcile(KEY)
     done = {type(one) for one in applier.actions}
     assert (CallRestart in done, PatchRestartStatus in done, delay) == (False, True, 0.0)
+
+
+def waiting_for_a_place() -> Snapshot:
+    """A queued restart, and another workload's that takes the one place there is."""
+    pod = make_pod()
+    other = ActiveRestart(namespace="prod", name="tts-1", workload="tts", node="node-9")
+    return make_snapshot(
+        pods=(pod,),
+        agents=(make_agent(pod, 9.0),),
+        restarts=(make_restart(pod),),
+        settings=make_settings(max_concurrent_restarts="1"),
+        cluster=Cluster(total_pods=20, active_restarts=(other,)),
+    )
+
+
+def ending() -> Snapshot:
+    """A recycle that is done, and the report that shows it."""
+    pod = make_pod()
+    restart = make_restart(pod)
+    running = plan(
+        make_snapshot(pods=(pod,), agents=(make_agent(pod, 9.0),), restarts=(restart,)), NOW
+    )
+    (written,) = (one for one in running.actions if isinstance(one, PatchRestartStatus))
+    # The pod went away meanwhile: that ends it.
+    return make_snapshot(pods=(), restarts=(replace(restart, status=written.status),))
+
+
+async def test_the_end_of_a_restart_offers_its_place_to_a_few_that_wait_and_then_to_others() -> (
+    None
+):
+    gathered: Any = Gathered(waiting_for_a_place())
+    applier: Any = Apiserver()
+    reconciler = Reconciler(gathered, applier, Metrics(), StoppedClock())
+    waiting = [("lab", f"waiting-{number}") for number in range(5)]
+    for key in waiting:
+        await reconciler.reconcile(key)
+    offered: list[Any] = []
+    reconciler.on_place = offered.append
+    gathered.snapshot = ending()
+    await reconciler.reconcile(KEY)
+    assert offered == waiting[:3]
+    await reconciler.reconcile(KEY)
+    assert offered == [*waiting[:3], *waiting[3:], waiting[0]]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from vram_agent.protocol import DeviceReport, ModelSpec, ResidualSource
+from vram_agent.protocol import DeviceReport, LoadProgress, ModelSpec, ResidualSource
 
 
 class TaskKind(StrEnum):
@@ -155,6 +155,10 @@ class GroupBackend(Protocol):
 
     def is_resident(self, name: str) -> bool:
         """Whether the model's weights are wholly in VRAM now."""
+        ...
+
+    def progress(self, name: str) -> LoadProgress | None:
+        """How far a load or restore of the model has come; None while there is none to tell of."""
         ...
 
     async def load(self, spec: ModelSpec) -> LoadedModel:

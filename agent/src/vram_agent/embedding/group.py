@@ -35,7 +35,13 @@ from vram_agent.embedding.worker import Worker
 from vram_agent.engine.memory import open_shared_memory
 from vram_agent.errors import ModelFailedError, NotResidentError
 from vram_agent.processes.spawn import count_threads
-from vram_agent.protocol import DeviceKind, DeviceReport, ModelSpec, ResidualSource
+from vram_agent.protocol import (
+    DeviceKind,
+    DeviceReport,
+    LoadProgress,
+    ModelSpec,
+    ResidualSource,
+)
 
 FIRST_DEVICE = "0"
 """All models of a process are on the first device that it sees: code that embeds says "cuda"."""
@@ -85,6 +91,10 @@ class EmbeddedGroup:
     def is_resident(self, name: str) -> bool:  # noqa: ARG002 - a group has one model
         """Whether the model's weights are wholly on the device."""
         return self.is_on_device
+
+    def progress(self, name: str) -> LoadProgress | None:  # noqa: ARG002 - the protocol's
+        """Return None: the application's own factory tells nobody how far it is."""
+        return None
 
     async def load(self, spec: ModelSpec) -> LoadedModel:
         """Say what there is: the factory is called by ``restore``, once room was reserved."""

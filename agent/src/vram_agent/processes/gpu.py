@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from functools import partial
 
 import msgspec
 
@@ -40,6 +41,7 @@ from vram_agent.processes.messages import (
     Failure,
     MovedTo,
     Offload,
+    Progressed,
     Ran,
     Reply,
     Restore,
@@ -51,7 +53,8 @@ from vram_agent.processes.messages import (
     pack_tensors,
     unpack_tensors,
 )
-from vram_agent.protocol import DeviceKind
+from vram_agent.progress import measuring, step
+from vram_agent.protocol import DeviceKind, LoadProgress, LoadStep
 from vram_agent.runtimes.base import HostedModel
 
 
@@ -109,7 +112,8 @@ class GpuProcess:
                 return self._run(request, fds)
             close_fds(fds)
             if isinstance(request, Restore):
-                return self._restore(request.name), []
+                with measuring(partial(self._tell, call.id)):
+                    return self._restore(request.name), []
             if isinstance(request, Offload):
                 return self._offload(request.name), []
             if isinstance(request, Scrub):
@@ -126,7 +130,8 @@ class GpuProcess:
         # Not before the first restore: opening makes the context, and may fail.
         if self._memory is None:
             try:
-                self._memory = open_memory(self._placement)
+                with step(LoadStep.STARTING_PROCESS):
+                    self._memory = open_memory(self._placement)
             except Exception as error:
                 raise ModelFailedError(
                     f"device {self._placement.uuid} cannot be used: {error}; check the driver and "
@@ -147,6 +152,9 @@ class GpuProcess:
     def _scrub(self) -> tuple[int, int]:
         forget = [model.forget for model in self._models.values()]
         return scrub(self._ensure_memory(), forget)
+
+    def _tell(self, call_id: int, progress: LoadProgress) -> None:
+        self._channel.send(encode(Answer(call_id, Progressed(progress=progress))))
 
     def _restore(self, name: str) -> MovedTo:
         """Bring a model onto the device, or leave everything as it was and raise."""

@@ -29,7 +29,8 @@ from vram_agent.backend import (
 from vram_agent.devices.base import Device, MemoryFigures
 from vram_agent.errors import AgentError, ModelFailedError, NotResidentError, WorkerDiedError
 from vram_agent.processes.channel import close_fds
-from vram_agent.processes.child import Child, ChildDiedError
+from vram_agent.processes.child import Child, ChildDiedError, OnInterim
+from vram_agent.processes.interim import LoadNotes
 from vram_agent.processes.linux import adopt_orphans
 from vram_agent.processes.messages import (
     Become,
@@ -53,7 +54,7 @@ from vram_agent.processes.messages import (
 )
 from vram_agent.processes.pair import TEMPLATE, ProcessPair
 from vram_agent.processes.spawn import build_environment, count_threads
-from vram_agent.protocol import DeviceReport, ModelSpec, ResidualSource
+from vram_agent.protocol import DeviceReport, LoadProgress, LoadStep, ModelSpec, ResidualSource
 
 T = TypeVar("T")
 
@@ -62,9 +63,9 @@ def _is_same_model(one: ModelSpec, other: ModelSpec) -> bool:
     return (one.runtime, one.source, one.options) == (other.runtime, other.source, other.options)
 
 
-async def _ask(child: Child, request: Request, fds: tuple[int, ...] = ()) -> Reply:
+async def _ask(child: Child, request: Request, on_interim: OnInterim | None = None) -> Reply:
     """Call and close the answer's descriptors; a Failure is raised as the error it stands for."""
-    reply, received = await child.call(request, fds)
+    reply, received = await child.call(request, on_interim=on_interim)
     close_fds(received)
     if isinstance(reply, Failure):
         raise read_failure(reply)
@@ -91,6 +92,7 @@ class ProcessGroup:
         self._resident: dict[str, int] = {}
         self._pair = ProcessPair(group, environment, on_exit, self._forget_process)
         self._figures = MemoryFigures()
+        self._notes = LoadNotes()
         self._arena_bytes = 0
         self._own_arena_bytes = 0
         self.gpu_device = ""
@@ -122,6 +124,10 @@ class ProcessGroup:
             runtime_arena_bytes=self._figures.runtime_arena_bytes,
             context_bytes=self._figures.context_bytes,
         )
+
+    def progress(self, name: str) -> LoadProgress | None:
+        """What the process that loads or restores the model has told last."""
+        return self._notes.of(name)
 
     # --- what changes --------------------------------------------------------------------------
 
@@ -163,7 +169,10 @@ class ProcessGroup:
     async def _transition(self, work: Coroutine[Any, Any, T]) -> T:
         async def locked() -> T:
             async with self._lock:
-                return await work
+                try:
+                    return await work
+                finally:
+                    self._notes.clear()
 
         return await self._shielded(locked())
 
@@ -208,7 +217,7 @@ class ProcessGroup:
     async def _load_into_template(self, spec: ModelSpec) -> LoadedModel:
         template = self._pair.ensure_template()
         try:
-            reply = await _ask(template, Load(spec=spec))
+            reply = await _ask(template, Load(spec=spec), self._notes.listen(spec.name))
         except ChildDiedError as error:
             raise ModelFailedError(
                 f"model {spec.name}: the template that loaded {spec.source} died ({error}); if "
@@ -236,9 +245,10 @@ class ProcessGroup:
         message = ""
         try:
             if self._pair.gpu is None:
-                message = await self._make_gpu_process(device or self._specs[name].device)
+                self._notes.begin(name, LoadStep.STARTING_PROCESS)
+                message = await self._make_gpu_process(name, device or self._specs[name].device)
             assert self._pair.gpu is not None  # noqa: S101 - it was just made
-            reply = await _ask(self._pair.gpu, Restore(name=name))
+            reply = await _ask(self._pair.gpu, Restore(name=name), self._notes.listen(name))
         except ChildDiedError as error:
             await self._pair.end_gpu()
             raise WorkerDiedError(
@@ -331,8 +341,11 @@ class ProcessGroup:
 
     # --- processes -----------------------------------------------------------------------------
 
-    async def _make_gpu_process(self, wanted: str) -> str:
-        """Fork the GPU process, or start a fresh one where a fork is not safe; return why."""
+    async def _make_gpu_process(self, name: str, wanted: str) -> str:
+        """Fork the GPU process, or start a fresh one where a fork is not safe; return why.
+
+        ``name``: the model that is restored; what is loaded on the way is its progress.
+        """
         for remembered in list(self._specs.values()):
             if remembered.name not in self._loaded:
                 await self._load_into_template(remembered)
@@ -344,7 +357,7 @@ class ProcessGroup:
             return ""
         child = self._pair.start_fresh()
         for spec in list(self._specs.values()):
-            await _ask(child, Load(spec=spec))
+            await _ask(child, Load(spec=spec), self._notes.listen(name))
         reply = await _ask(child, Become(placement=placement, threads=threads))
         assert isinstance(reply, Done)  # noqa: S101 - what a template answers
         self._own_arena_bytes = reply.arena_bytes

@@ -18,7 +18,7 @@ from vram_agent.backend import LoadedModel, TaskKind, Tensor, TensorSpec
 from vram_agent.devices.base import MemoryFigures, Placement
 from vram_agent.errors import AgentError
 from vram_agent.processes.channel import map_sealed, seal_bytes
-from vram_agent.protocol import ModelSpec
+from vram_agent.protocol import LoadProgress, ModelSpec
 
 TENSOR_ALIGNMENT_BYTES = 64
 
@@ -187,7 +187,15 @@ class Exited(Struct, frozen=True, kw_only=True, tag="exited"):
     status: int
 
 
-Reply = Loaded | Forked | Refused | MovedTo | Ran | ScrubbedTo | Done | Failure | Exited
+class Progressed(Struct, frozen=True, kw_only=True, tag="progressed"):
+    """How far a load or restore has come; with its call's number, any number before its answer."""
+
+    progress: LoadProgress
+
+
+Reply = (
+    Loaded | Forked | Refused | MovedTo | Ran | ScrubbedTo | Done | Failure | Exited | Progressed
+)
 
 
 class Call(Struct, frozen=True):

@@ -24,7 +24,8 @@ from vram_agent.engine.deferred import defer_sessions
 from vram_agent.engine.rules import read_rules
 from vram_agent.engine.weights import CombinedWeights, Offloaded, Weights
 from vram_agent.errors import BadInputError, ModelFailedError
-from vram_agent.protocol import ModelSpec
+from vram_agent.progress import step
+from vram_agent.protocol import LoadStep, ModelSpec
 from vram_agent.runtimes.arrays import SAMPLE_RATE_HERTZ, as_array, as_tensor, read_audio
 from vram_agent.runtimes.base import (
     OBJECT,
@@ -185,7 +186,8 @@ class LateWeights:
         """Make the model if there is none, then restore it. Raises ModelFailedError."""
         if self._weights is None:
             # An arena of this process alone: it goes when the process does.
-            self.root, self._weights = make_model(self._spec, Arena(self._spec.name))
+            with step(LoadStep.READING):
+                self.root, self._weights = make_model(self._spec, Arena(self._spec.name))
             # What the loader left in the allocator's cache is room for the weights.
             memory.empty_cache()
         return self._weights.restore(memory, threads)

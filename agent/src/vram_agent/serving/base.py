@@ -24,11 +24,13 @@ class ModelView:
     spec: ModelSpec
     report: ModelReport
     loaded: LoadedModel | None
+    is_loading_eagerly: bool = False
+    """It is Eager, and the load that this asks for at the agent's start has not ended."""
 
     @property
     def is_ready(self) -> bool:
-        """A lazy model that can load counts as ready; only Failed does not."""
-        return self.report.state != "Failed"
+        """A lazy model that can load counts as ready; Failed does not, nor an eager load."""
+        return self.report.state != "Failed" and not self.is_loading_eagerly
 
 
 class ModelServer(Protocol):

@@ -24,6 +24,7 @@ from vram_agent.backend import (
     TaskResult,
 )
 from vram_agent.errors import NotResidentError, WorkerDiedError
+from vram_agent.parts import Parts
 from vram_agent.protocol import DeviceKind, DeviceReport, LoadProgress, ModelSpec, ResidualSource
 
 GIB = 1 << 30
@@ -121,7 +122,7 @@ class FakeGroup:
             self.pinned.add(name)
             return Moved(vram_bytes=0, seconds=0.1, scrubbed=self.backend.script.scrubbed)
 
-    async def run(self, name: str, task: Task) -> TaskResult:
+    async def run(self, name: str, task: Task, parts: Parts | None = None) -> TaskResult:
         if not self.is_resident(name):
             raise NotResidentError(f"{name} is not resident")
         if self.transitions:

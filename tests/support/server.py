@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from vram_agent.backend import LoadedModel, Task, TaskKind, TaskResult, Tensor, TensorSpec
+from vram_agent.backend import LoadedModel, Task, TaskKind, TaskPart, TaskResult, Tensor, TensorSpec
 from vram_agent.errors import NoSuchModelError
+from vram_agent.parts import Parts
 from vram_agent.protocol import (
     ActionReport,
     ActionState,
@@ -130,6 +131,8 @@ class FakeModelServer:
         default_factory=lambda: [speech_view(), infer_view(), absent_view()]
     )
     result: TaskResult = field(default_factory=TaskResult)
+    parts: list[TaskPart] = field(default_factory=list)
+    """Given at once to whoever wants parts; the result follows when ``gate`` is open."""
     error: Exception | None = None
     live: bool = True
     ready: bool = True
@@ -207,10 +210,18 @@ class FakeModelServer:
         return self.ready
 
     async def submit(
-        self, model: str, task: Task, *, keep_alive_seconds: float | None = None
+        self,
+        model: str,
+        task: Task,
+        *,
+        keep_alive_seconds: float | None = None,
+        parts: Parts | None = None,
     ) -> TaskResult:
         self.submissions.append(Submission(model, copied(task), keep_alive_seconds))
         self.submitted.set()
+        if parts is not None:
+            for part in self.parts:
+                parts.put(part)
         try:
             await self.gate.wait()
         except asyncio.CancelledError:

@@ -27,6 +27,7 @@ from vram_agent.errors import (
     NotResidentError,
     WorkerDiedError,
 )
+from vram_agent.parts import Parts
 from vram_agent.protocol import (
     ActionReport,
     ActionStep,
@@ -150,7 +151,12 @@ class Supervisor:
         return not self._drain.is_on and not self._is_closed
 
     async def submit(
-        self, model: str, task: Task, *, keep_alive_seconds: float | None = None
+        self,
+        model: str,
+        task: Task,
+        *,
+        keep_alive_seconds: float | None = None,
+        parts: Parts | None = None,
     ) -> TaskResult:
         """Queue the task, bring the model into VRAM, run it and return its result."""
         cell = self._fleet.model(model)
@@ -158,7 +164,7 @@ class Supervisor:
         pause = self._transitions.retry_after_seconds(cell)
         if cell.residence.state is ModelState.FAILED and pause > 0:
             raise ModelFailedError(cell.error or "the model failed", retry_after_seconds=pause)
-        waiting = self._requests.enqueue(cell, task, keep_alive_seconds)
+        waiting = self._requests.enqueue(cell, task, keep_alive_seconds, parts)
         self._pump()
         try:
             return await waiting.answer
@@ -276,9 +282,7 @@ class Supervisor:
                 self._spawn(self._move(step, cell))
 
     async def _run(self, cell: ModelCell, waiting: Waiting) -> None:
-        outcome = await run_task(
-            cell.name, waiting.task, self._open(cell.group), self._clock.monotonic
-        )
+        outcome = await run_task(cell.name, waiting, self._open(cell.group), self._clock.monotonic)
         if isinstance(outcome.error, NotResidentError):
             self._requests.put_back(cell, waiting)
         else:

@@ -34,6 +34,7 @@ from vram_agent.embedding.uses import Uses
 from vram_agent.embedding.worker import Worker
 from vram_agent.engine.memory import open_shared_memory
 from vram_agent.errors import ModelFailedError, NotResidentError
+from vram_agent.parts import Parts
 from vram_agent.processes.spawn import count_threads
 from vram_agent.protocol import (
     DeviceKind,
@@ -126,7 +127,12 @@ class EmbeddedGroup:
         await self._alone(self._drop)
         self._backend.forget_group(self)
 
-    async def run(self, name: str, task: Task) -> TaskResult:
+    async def run(
+        self,
+        name: str,
+        task: Task,
+        parts: Parts | None = None,  # noqa: ARG002 - a use gives nothing back
+    ) -> TaskResult:
         """Hand the object to whoever waits with this task; return when nobody uses it any more."""
         if not self.is_on_device:
             raise NotResidentError(

@@ -21,6 +21,7 @@ from vram_agent.processes.channel import AsyncChannel, ChannelClosedError, Packe
 from vram_agent.processes.messages import (
     Answer,
     Call,
+    Partial,
     Progressed,
     Reply,
     Request,
@@ -137,6 +138,11 @@ class Child:
                 close_fds(future.result()[1])
             raise
 
+    def tell(self, request: Request) -> None:
+        """Send what has no answer; nothing where it has ended."""
+        with contextlib.suppress(ChannelClosedError):
+            self._channel.send(encode(Call(0, request)))
+
     async def describe_end(self) -> str:
         """Return how it ended, in words, waiting a little for its parent to know."""
         with contextlib.suppress(TimeoutError):
@@ -186,7 +192,7 @@ class Child:
             close_fds(packet.fds)
             self._on_event(answer.reply)
             return
-        if isinstance(answer.reply, Progressed):
+        if isinstance(answer.reply, Progressed | Partial):
             pending = self._pending.get(answer.id)
             if pending is None or pending.on_interim is None:
                 close_fds(packet.fds)

@@ -2,8 +2,8 @@
 
 Why it exists: what touches the device is a process that can be ended without losing the model. It
 is a fork of the template (or, when forking is not safe, a process that loaded the models itself)
-and answers the supervisor's calls one after the other, in their order; more may wait in the socket
-meanwhile. It ends with its channel. Called by template.py.
+and answers the supervisor's calls one after the other, in their order; more may wait meanwhile.
+It ends with its channel. Called by template.py.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from vram_agent.errors import (
     TaskFailedError,
 )
 from vram_agent.processes.channel import Channel, ChannelClosedError, close_fds
+from vram_agent.processes.inbox import Inbox, Outlet
 from vram_agent.processes.messages import (
     Answer,
     Call,
@@ -48,14 +49,13 @@ from vram_agent.processes.messages import (
     Run,
     Scrub,
     ScrubbedTo,
-    decode_call,
     encode,
     pack_tensors,
     unpack_tensors,
 )
 from vram_agent.progress import measuring, step
 from vram_agent.protocol import DeviceKind, LoadProgress, LoadStep
-from vram_agent.runtimes.base import HostedModel
+from vram_agent.runtimes.base import HostedModel, PartialModel
 
 
 def describe_failure(error: AgentError) -> Failure:
@@ -89,6 +89,7 @@ class GpuProcess:
         threads: int,
     ) -> None:
         self._channel = channel
+        self._inbox = Inbox(channel)
         self._models = models
         self._placement = placement
         self._threads = threads
@@ -100,16 +101,15 @@ class GpuProcess:
         """Answer calls until the supervisor closes the channel, or ends."""
         with contextlib.suppress(ChannelClosedError):
             while True:
-                packet = self._channel.receive()
-                call = decode_call(packet.body)
-                reply, fds = self._answer(call, packet.fds)
+                call, given = self._inbox.next()
+                reply, fds = self._answer(call, given)
                 self._channel.send(encode(Answer(call.id, reply)), fds)
 
     def _answer(self, call: Call, fds: tuple[int, ...]) -> tuple[Reply, list[int]]:
         request = call.request
         try:
             if isinstance(request, Run):
-                return self._run(request, fds)
+                return self._run(call, request, fds)
             close_fds(fds)
             if isinstance(request, Restore):
                 with measuring(partial(self._tell, call.id)):
@@ -208,17 +208,22 @@ class GpuProcess:
             scrubbed_bytes=scrubbed_bytes,
         )
 
-    def _run(self, request: Run, fds: tuple[int, ...]) -> tuple[Reply, list[int]]:
+    def _run(self, call: Call, request: Run, fds: tuple[int, ...]) -> tuple[Reply, list[int]]:
         tensors = unpack_tensors(request.tensors, fds)
         model = self._models[request.name]
         task = Task(kind=request.kind, parameters=request.parameters, tensors=tensors)
         if request.kind not in model.tasks:
             raise BadInputError(f"model {request.name} cannot {request.kind.value}")
         try:
-            result = model.run(task)
+            self._inbox.begin(request.stream)
+            if request.stream and isinstance(model, PartialModel):
+                outlet = Outlet(self._channel, self._inbox, call)
+                result = model.run_in_parts(task, outlet.send)
+            else:
+                result = model.run(task)
             values = msgspec.to_builtins(dict(result.values))
             headers, out = pack_tensors(result.tensors)
-        except AgentError:
+        except (AgentError, ChannelClosedError):
             raise
         except (Exception, SystemExit) as error:  # a model's own code may raise anything
             failure = self._explain_run(request.name, error)

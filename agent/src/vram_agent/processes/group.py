@@ -27,10 +27,17 @@ from vram_agent.backend import (
     TaskResult,
 )
 from vram_agent.devices.base import Device, MemoryFigures
-from vram_agent.errors import AgentError, ModelFailedError, NotResidentError, WorkerDiedError
+from vram_agent.errors import (
+    AgentError,
+    ModelFailedError,
+    NotResidentError,
+    TaskCancelledError,
+    WorkerDiedError,
+)
+from vram_agent.parts import Parts
 from vram_agent.processes.channel import close_fds
 from vram_agent.processes.child import Child, ChildDiedError, OnInterim
-from vram_agent.processes.interim import LoadNotes
+from vram_agent.processes.interim import Delivery, LoadNotes
 from vram_agent.processes.linux import adopt_orphans
 from vram_agent.processes.messages import (
     Become,
@@ -93,6 +100,7 @@ class ProcessGroup:
         self._pair = ProcessPair(group, environment, on_exit, self._forget_process)
         self._figures = MemoryFigures()
         self._notes = LoadNotes()
+        self._streams = 0
         self._arena_bytes = 0
         self._own_arena_bytes = 0
         self.gpu_device = ""
@@ -162,9 +170,9 @@ class ProcessGroup:
         self._pair.close()
         await self._transition(self._close())
 
-    async def run(self, name: str, task: Task) -> TaskResult:
+    async def run(self, name: str, task: Task, parts: Parts | None = None) -> TaskResult:
         """Run a task; tasks of the group run one after the other."""
-        return await self._shielded(self._run(name, task))
+        return await self._shielded(self._run(name, task, parts))
 
     async def _transition(self, work: Coroutine[Any, Any, T]) -> T:
         async def locked() -> T:
@@ -285,18 +293,29 @@ class ProcessGroup:
             scrubbed=Scrubbed(before_bytes=before_bytes, after_bytes=after_bytes),
         )
 
-    async def _run(self, name: str, task: Task) -> TaskResult:
+    async def _run(self, name: str, task: Task, parts: Parts | None) -> TaskResult:
         async with self._run_lock:
             if self._pair.gpu is None or not self.is_resident(name):
                 raise NotResidentError(
                     f"model {name} left VRAM before the task began", retry_after_seconds=1
                 )
+            if parts is not None and parts.is_abandoned:
+                raise TaskCancelledError(f"nobody waits for this task of model {name} any more")
             headers, fds = pack_tensors(task.tensors)
+            self._streams += 1
             request = Run(
-                name=name, kind=task.kind, parameters=dict(task.parameters), tensors=headers
+                name=name,
+                kind=task.kind,
+                parameters=dict(task.parameters),
+                tensors=headers,
+                stream=0 if parts is None else self._streams,
             )
+            gpu = self._pair.gpu
+            delivery = None if parts is None else Delivery(gpu, request.stream, parts)
             try:
-                reply, received = await self._pair.gpu.call(request, fds)
+                reply, received = await gpu.call(
+                    request, fds, None if delivery is None else delivery.take
+                )
             except ChildDiedError as error:
                 raise WorkerDiedError(
                     f"model {name}: {error} while it ran this task; other requests are not affected"

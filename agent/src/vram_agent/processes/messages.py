@@ -78,13 +78,28 @@ class Run(Struct, frozen=True, kw_only=True, tag="run"):
     kind: TaskKind
     parameters: dict[str, Any]
     tensors: list[TensorHeader]
+    stream: int = 0
+    """What Taken and Cancel name this task by, and that Partial answers are wanted; 0: none."""
+
+
+class Taken(Struct, frozen=True, kw_only=True, tag="taken"):
+    """To a GPU process: so many parts of a stream have been taken. No answer."""
+
+    stream: int
+    parts: int
+
+
+class Cancel(Struct, frozen=True, kw_only=True, tag="cancel"):
+    """To a GPU process: nobody reads the stream any more. No answer of its own."""
+
+    stream: int
 
 
 class Scrub(Struct, frozen=True, kw_only=True, tag="scrub"):
     """To a GPU process. Answer: Scrubbed."""
 
 
-Request = Load | Unload | Fork | Become | Restore | Offload | Run | Scrub
+Request = Load | Unload | Fork | Become | Restore | Offload | Run | Taken | Cancel | Scrub
 
 
 class Loaded(Struct, frozen=True, kw_only=True, tag="loaded"):
@@ -193,8 +208,25 @@ class Progressed(Struct, frozen=True, kw_only=True, tag="progressed"):
     progress: LoadProgress
 
 
+class Partial(Struct, frozen=True, kw_only=True, tag="partial"):
+    """A part of a task's result, before Ran; with a memfd when there are tensors."""
+
+    values: dict[str, Any]
+    tensors: list[TensorHeader]
+
+
 Reply = (
-    Loaded | Forked | Refused | MovedTo | Ran | ScrubbedTo | Done | Failure | Exited | Progressed
+    Loaded
+    | Forked
+    | Refused
+    | MovedTo
+    | Ran
+    | ScrubbedTo
+    | Done
+    | Failure
+    | Exited
+    | Progressed
+    | Partial
 )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vram_agent.backend import LoadedModel, Task, TaskResult
+from vram_agent.parts import Parts
 from vram_agent.protocol import (
     ActionReport,
     AgentConfig,
@@ -57,12 +58,18 @@ class ModelServer(Protocol):
         ...
 
     async def submit(
-        self, model: str, task: Task, *, keep_alive_seconds: float | None = None
+        self,
+        model: str,
+        task: Task,
+        *,
+        keep_alive_seconds: float | None = None,
+        parts: Parts | None = None,
     ) -> TaskResult:
         """Queue the task, bring the model into VRAM, run it and return its result.
 
         ``keep_alive_seconds`` overrides afterTask: 0 offload at once, -1 keep, None the spec's.
-        Raises the types of errors.py. Cancelling gives up the place in the queue.
+        ``parts`` get what of the result is ready before the rest, from models that can. Raises the
+        types of errors.py. Cancelling gives up the place in the queue, and a task that gives parts.
         """
         ...
 

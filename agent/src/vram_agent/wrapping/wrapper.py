@@ -20,6 +20,7 @@ from vram_agent.backend import Task, TaskResult
 from vram_agent.devices.base import Device
 from vram_agent.errors import DrainingError, NoSuchModelError, NotSupportedError
 from vram_agent.metrics import UNKNOWN_MODEL
+from vram_agent.parts import Parts
 from vram_agent.protocol import (
     ActionReport,
     ActionStep,
@@ -172,10 +173,15 @@ class Wrapper:
         return self._watch.is_ready and not self._drain.is_on
 
     async def submit(
-        self, model: str, task: Task, *, keep_alive_seconds: float | None = None
+        self,
+        model: str,
+        task: Task,
+        *,
+        keep_alive_seconds: float | None = None,
+        parts: Parts | None = None,
     ) -> TaskResult:
         """Raise NotSupportedError."""
-        del task, keep_alive_seconds
+        del task, keep_alive_seconds, parts
         self._refuse(f"a task for model {model[:63]!r}")
 
     async def load(self, model: str) -> ModelReport:

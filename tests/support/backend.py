@@ -24,7 +24,8 @@ from vram_agent.backend import (
     TaskResult,
 )
 from vram_agent.errors import NotResidentError, WorkerDiedError
-from vram_agent.protocol import DeviceKind, DeviceReport, ModelSpec, ResidualSource
+from vram_agent.parts import Parts
+from vram_agent.protocol import DeviceKind, DeviceReport, LoadProgress, ModelSpec, ResidualSource
 
 GIB = 1 << 30
 CONTEXT_BYTES = 100 << 20
@@ -45,6 +46,7 @@ class Script:
     weights: dict[str, int] = field(default_factory=dict)
     vram: dict[str, int] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
+    progress: dict[str, LoadProgress] = field(default_factory=dict)
     scrubbed: Scrubbed = field(default_factory=lambda: Scrubbed(before_bytes=2, after_bytes=1))
 
     def fail(self, call: str, model: str, *errors: Exception) -> None:
@@ -79,6 +81,9 @@ class FakeGroup:
 
     def is_resident(self, name: str) -> bool:
         return self.gpu_pid is not None and name in self.resident
+
+    def progress(self, name: str) -> LoadProgress | None:
+        return self.backend.script.progress.get(name)
 
     async def load(self, spec: ModelSpec) -> LoadedModel:
         if self.gpu_pid is not None:
@@ -117,7 +122,7 @@ class FakeGroup:
             self.pinned.add(name)
             return Moved(vram_bytes=0, seconds=0.1, scrubbed=self.backend.script.scrubbed)
 
-    async def run(self, name: str, task: Task) -> TaskResult:
+    async def run(self, name: str, task: Task, parts: Parts | None = None) -> TaskResult:
         if not self.is_resident(name):
             raise NotResidentError(f"{name} is not resident")
         if self.transitions:

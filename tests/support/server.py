@@ -6,8 +6,9 @@ import asyncio
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from vram_agent.backend import LoadedModel, Task, TaskKind, TaskResult, Tensor, TensorSpec
+from vram_agent.backend import LoadedModel, Task, TaskKind, TaskPart, TaskResult, Tensor, TensorSpec
 from vram_agent.errors import NoSuchModelError
+from vram_agent.parts import Parts
 from vram_agent.protocol import (
     ActionReport,
     ActionState,
@@ -131,6 +132,8 @@ class FakeModelServer:
         default_factory=lambda: [speech_view(), infer_view(), absent_view()]
     )
     result: TaskResult = field(default_factory=TaskResult)
+    parts: list[TaskPart] = field(default_factory=list)
+    """Given at once to whoever wants parts; the result follows when ``gate`` is open."""
     error: Exception | None = None
     live: bool = True
     ready: bool = True
@@ -217,10 +220,14 @@ class FakeModelServer:
         *,
         keep_alive_seconds: float | None = None,
         is_admitted: bool = False,
+        parts: Parts | None = None,
     ) -> TaskResult:
         assert is_admitted  # a drain that began while a body came in refuses nothing
         self.submissions.append(Submission(model, copied(task), keep_alive_seconds))
         self.submitted.set()
+        if parts is not None:
+            for part in self.parts:
+                parts.put(part)
         try:
             await self.gate.wait()
         except asyncio.CancelledError:

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from vram_agent.protocol import DeviceReport, ModelSpec, ResidualSource
+from vram_agent.protocol import DeviceReport, LoadProgress, ModelSpec, ResidualSource
+
+if TYPE_CHECKING:
+    from vram_agent.parts import Parts
 
 
 class TaskKind(StrEnum):
@@ -61,6 +64,16 @@ class TaskResult:
     """What a task gave. A transcription's ``values``: text, language, duration (seconds), and
     segments, a list of {id, start, end, text, tokens, temperature, avg_logprob,
     compression_ratio, no_speech_prob} (start and end in seconds).
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskPart:
+    """What is ready of a result before the rest. Of a transcription: ``text``, which goes on from
+    the parts before; of speech: ``rate`` (hertz) and the tensor ``audio``.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -157,6 +170,10 @@ class GroupBackend(Protocol):
         """Whether the model's weights are wholly in VRAM now."""
         ...
 
+    def progress(self, name: str) -> LoadProgress | None:
+        """How far a load or restore of the model has come; None while there is none to tell of."""
+        ...
+
     async def load(self, spec: ModelSpec) -> LoadedModel:
         """Bring the weights into host memory, starting the template if there is none.
 
@@ -178,11 +195,13 @@ class GroupBackend(Protocol):
         """Take the weights out of VRAM and scrub; the GPU process lives on (PinnedHost)."""
         ...
 
-    async def run(self, name: str, task: Task) -> TaskResult:
+    async def run(self, name: str, task: Task, parts: Parts | None = None) -> TaskResult:
         """Run a task on a resident model; tasks of a group run one after the other.
 
-        Raises BadInputError, TaskFailedError or WorkerDiedError. Cancelling gives up the answer;
-        the task itself runs to its end.
+        With ``parts`` a model that can gives parts of its result as they are made; the result is
+        then what they leave unsaid. Raises BadInputError, TaskFailedError or WorkerDiedError, after
+        any number of parts. Cancelling gives up the answer; the task itself runs to its end, or, of
+        abandoned parts, to its next part.
         """
         ...
 

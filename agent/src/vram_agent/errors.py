@@ -104,6 +104,13 @@ class NotSupportedError(AgentError):
     code = "not_supported"
 
 
+class TaskCancelledError(AgentError):
+    """Whoever asked for the task has gone, so it was ended before its time."""
+
+    status = 499
+    code = "cancelled"
+
+
 class TaskFailedError(AgentError):
     """The model's own code raised; the process lives on and the next task may run."""
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from vram_agent.protocol import Report
+from vram_agent.protocol import LoadProgress, ModelReport, Report
 
 _TIMEOUT_SECONDS = 10.0
 _CLEAR = "\x1b[H\x1b[2J"  # the cursor to the top, then all below it away
@@ -91,6 +91,7 @@ def format_report(report: Report) -> str:
         )
         for device in report.devices
     ]
+    is_any_loading = any(model.progress is not None for model in report.models)
     models = [
         (
             model.name,
@@ -101,15 +102,34 @@ def format_report(report: Report) -> str:
             format_bytes(model.host_bytes),
             str(model.in_flight),
             str(model.queued),
+            *_progress_cell(model, shows=is_any_loading),
             model.last_used_at or "-",
             model.error or "",
         )
         for model in report.models
     ]
     lines += ["", *_table(("DEVICE", "UUID", "USED", "TOTAL", "EXCLUSIVE", "DIRTY"), devices)]
-    heads = ("MODEL", "RUNTIME", "STATE", "TIER", "VRAM", "HOST", "RUNNING", "QUEUED", "USED AT")
-    lines += ["", *_table((*heads, "ERROR"), models)]
+    heads = ("MODEL", "RUNTIME", "STATE", "TIER", "VRAM", "HOST", "RUNNING", "QUEUED")
+    progress = ("PROGRESS",) if is_any_loading else ()
+    lines += ["", *_table((*heads, *progress, "USED AT", "ERROR"), models)]
     return "\n".join(lines)
+
+
+def _progress_cell(model: ModelReport, *, shows: bool) -> tuple[str, ...]:
+    if not shows:
+        return ()
+    return ("-" if model.progress is None else format_progress(model.progress),)
+
+
+def format_progress(progress: LoadProgress) -> str:
+    """Return the step and its bytes, as far as they are known."""
+    if progress.done_bytes is None:
+        return progress.step.value
+    done = format_bytes(progress.done_bytes)
+    if not progress.total_bytes:
+        return f"{progress.step} {done}"
+    share = 100 * progress.done_bytes // progress.total_bytes
+    return f"{progress.step} {done} of {format_bytes(progress.total_bytes)} ({share} %)"
 
 
 def format_bytes(number_of_bytes: int) -> str:

@@ -30,7 +30,7 @@ from vram_agent.errors import AgentError
 from vram_agent.logs import configure_logs, default_format
 from vram_agent.metrics import AgentMetrics
 from vram_agent.processes.linux import bound_malloc
-from vram_agent.protocol import AgentConfig, DevicePreference
+from vram_agent.protocol import AgentConfig, DevicePreference, RunPolicy
 from vram_agent.serving.app import ListenError, start_servers
 from vram_agent.supervision.journal import FileJournal
 from vram_agent.supervision.ports import LoopClock, Surroundings
@@ -42,6 +42,10 @@ _MAX_OPEN_FILES = 65_536
 _ROUTED_SECONDS = 1.0
 """How long requests may still be routed to a pod that was told to end: Kubernetes sends SIGTERM and
 takes the pod out of its Services at the same time."""
+_RUN_IS_FOR_RUN = (
+    "run: is for `vram-agent run -- COMMAND`, which wraps an application; `serve` hosts models and "
+    "would ignore it: take it out, or start this config by `vram-agent run`"
+)
 _log = structlog.get_logger("vram_agent.serve")
 
 
@@ -189,4 +193,6 @@ def _read_config(options: argparse.Namespace) -> AgentConfig:
         if options.config is not None
         else config_from_flags(options.model)
     )
+    if config.run != RunPolicy():
+        raise ConfigError([_RUN_IS_FOR_RUN])
     return with_overrides(config, options.device, options.listen_serving, options.listen_control)

@@ -27,6 +27,7 @@ from vram_agent.errors import (
     NotResidentError,
     WorkerDiedError,
 )
+from vram_agent.parts import Parts
 from vram_agent.protocol import (
     ActionReport,
     ActionStep,
@@ -162,6 +163,7 @@ class Supervisor:
         *,
         keep_alive_seconds: float | None = None,
         is_admitted: bool = False,
+        parts: Parts | None = None,
     ) -> TaskResult:
         """Queue the task, bring the model into VRAM, run it and return its result."""
         cell = self._fleet.model(model)
@@ -170,7 +172,7 @@ class Supervisor:
         pause = self._transitions.retry_after_seconds(cell)
         if cell.residence.state is ModelState.FAILED and pause > 0:
             raise ModelFailedError(cell.error or "the model failed", retry_after_seconds=pause)
-        waiting = self._requests.enqueue(cell, task, keep_alive_seconds)
+        waiting = self._requests.enqueue(cell, task, keep_alive_seconds, parts)
         self._pump()
         try:
             return await waiting.answer
@@ -297,9 +299,7 @@ class Supervisor:
                 self._spawn(self._move(step, cell))
 
     async def _run(self, cell: ModelCell, waiting: Waiting) -> None:
-        outcome = await run_task(
-            cell.name, waiting.task, self._open(cell.group), self._clock.monotonic
-        )
+        outcome = await run_task(cell.name, waiting, self._open(cell.group), self._clock.monotonic)
         if isinstance(outcome.error, NotResidentError):
             self._requests.put_back(cell, waiting)
         else:

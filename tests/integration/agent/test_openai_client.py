@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
+import signal
 import subprocess
 import wave
 from collections.abc import AsyncIterator
@@ -121,6 +123,65 @@ async def test_a_transcription_streams(start_agent: StartAgent, connect: Any) ->
     assert [event.type for event in events[:-1]] == ["transcript.text.delta"] * (len(events) - 1)
     assert "".join(event.delta for event in events[:-1]) == CLIP.text
     assert (events[-1].type, events[-1].text) == ("transcript.text.done", CLIP.text)
+
+
+def teller_model(fifo: Path) -> dict[str, Any]:
+    return {
+        "name": "teller",
+        "runtime": "Python",
+        "source": "served_models:make_teller",
+        "options": {"path": str(Path(__file__).parent), "arguments": {"fifo": str(fifo)}},
+        "residency": {"afterTask": "Keep"},
+    }
+
+
+async def test_a_stream_begins_while_its_task_runs_and_holds_the_model_to_its_end(
+    start_agent: StartAgent, connect: Any, tmp_path: Path
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    agent = await start_agent(teller_model(fifo))
+    client = connect(agent)
+
+    async def begin_stream() -> Any:
+        stream = await client.audio.transcriptions.create(
+            model="teller", file=CLIP.path, stream=True
+        )
+        assert (await anext(stream)).delta == "light"
+        # The task waits for its second word's leave, so it cannot have ended.
+        assert (await agent.report()).models[0].in_flight == 1
+        return stream
+
+    # To the end.
+    stream = await begin_stream()
+    await asyncio.to_thread(fifo.write_bytes, b"go on")
+    rest = [event async for event in stream]
+    assert [event.type for event in rest] == ["transcript.text.delta", "transcript.text.done"]
+    assert (rest[0].delta, rest[1].text) == (" five", "light five")
+
+    # A client that goes away ends the task at its next part; the next one is served.
+    stream = await begin_stream()
+    await stream.response.aclose()
+    await asyncio.to_thread(fifo.write_bytes, b"go on")
+    await agent.when(lambda r: r.models[0].in_flight == 0)
+
+    # A GPU process that dies ends the stream with an error, and nothing else.
+    stream = await begin_stream()
+    (pid,) = agent.pids("gpu")
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="killed by signal 9") as caught:
+        [event async for event in stream]
+    assert caught.value.code == "worker_died"
+
+    # Speech sounds while the model still speaks.
+    async with client.audio.speech.with_streaming_response.create(
+        model="teller", input="a", voice="b", response_format="pcm"
+    ) as answer:
+        pieces = answer.iter_bytes(48_000)
+        assert len(await anext(pieces)) == 48_000
+        assert (await agent.report()).models[0].in_flight == 1
+        await asyncio.to_thread(fifo.write_bytes, b"go on")
+        assert sum([len(piece) async for piece in pieces]) == 24_000
 
 
 async def test_a_recording_longer_than_whisper_s_window_is_transcribed_whole(

@@ -20,6 +20,7 @@ from vram_agent.cgroup import read_memory_limit_bytes
 from vram_agent.devices.base import MemoryFigures, OutOfDeviceMemoryError, Placement
 from vram_agent.errors import NoVramError
 from vram_agent.pages import address_of, advise_huge_pages, align, populate
+from vram_agent.progress import CHUNK_BYTES, advance
 from vram_agent.protocol import DeviceKind, DeviceReport, ResidualSource
 
 CPU_UUID = "CPU-0"
@@ -218,7 +219,10 @@ class AnonymousMemory:
 
     def upload(self, target: Any, source: Any, address: int) -> None:  # noqa: ARG002 - the protocol's
         """Copy with the tensors' own threads."""
-        target.copy_(source)
+        for start in range(0, len(source), CHUNK_BYTES):
+            end = min(start + CHUNK_BYTES, len(source))
+            target[start:end].copy_(source[start:end])
+            advance(end - start)
 
     def unpin(self, address: int, nbytes: int) -> None:
         """Do nothing: the CPU copies from any memory alike, and locks none."""

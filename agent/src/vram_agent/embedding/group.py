@@ -34,8 +34,15 @@ from vram_agent.embedding.uses import Uses
 from vram_agent.embedding.worker import Worker
 from vram_agent.engine.memory import open_shared_memory
 from vram_agent.errors import ModelFailedError, NotResidentError
+from vram_agent.parts import Parts
 from vram_agent.processes.spawn import count_threads
-from vram_agent.protocol import DeviceKind, DeviceReport, ModelSpec, ResidualSource
+from vram_agent.protocol import (
+    DeviceKind,
+    DeviceReport,
+    LoadProgress,
+    ModelSpec,
+    ResidualSource,
+)
 from vram_agent.serial import Serial
 
 FIRST_DEVICE = "0"
@@ -86,6 +93,10 @@ class EmbeddedGroup:
         """Whether the model's weights are wholly on the device."""
         return self.is_on_device
 
+    def progress(self, name: str) -> LoadProgress | None:  # noqa: ARG002 - the protocol's
+        """Return None: the application's own factory tells nobody how far it is."""
+        return None
+
     async def load(self, spec: ModelSpec) -> LoadedModel:
         """Say what there is: the factory is called by ``restore``, once room was reserved."""
         return LoadedModel(name=spec.name, weight_bytes=0, tasks=frozenset({TaskKind.INFER}))
@@ -118,7 +129,12 @@ class EmbeddedGroup:
         await self._transitions.run(self._drop)
         self._backend.forget_group(self)
 
-    async def run(self, name: str, task: Task) -> TaskResult:
+    async def run(
+        self,
+        name: str,
+        task: Task,
+        parts: Parts | None = None,  # noqa: ARG002 - a use gives nothing back
+    ) -> TaskResult:
         """Hand the object to whoever waits with this task; return when nobody uses it any more."""
         if not self.is_on_device:
             raise NotResidentError(

@@ -17,6 +17,7 @@ from vram_agent.devices.base import MemoryFigures, OutOfDeviceMemoryError, Place
 from vram_agent.devices.cpu import measure_total_bytes
 from vram_agent.engine.pinning import CHUNK_BYTES, PinnedPages
 from vram_agent.engine.staging import StagingRing
+from vram_agent.progress import advance
 
 RING_SLOTS = 4
 SLOT_BYTES = 16 << 20
@@ -165,6 +166,7 @@ class CudaMemory:
                 else:
                     target[start:end].copy_(source[start:end], non_blocking=True)
             self._copies.synchronize()
+        advance(len(source) - (ring.read_bytes if ring is not None else 0))
         self._pages.want(address, len(source))
 
     @contextmanager

@@ -24,7 +24,7 @@ from typing import Any
 
 from vram_agent.engine.arena import Arena
 from vram_agent.engine.onnx import OnnxWeights, SessionChoices, map_model
-from vram_agent.engine.onnx_file import Signature, read_signature
+from vram_agent.engine.onnx_file import Signature, find_beside, read_signature
 from vram_agent.errors import ModelFailedError
 
 _MODULE = "onnxruntime"
@@ -148,7 +148,7 @@ class DeferredSession:
         else:
             path = Path(path_or_bytes)
             self._signature = read_signature(map_model(path))
-            external = {name: path.parent / name for name in self._signature.external_files}
+            external = {name: _find_external(path, name) for name in self._signature.external_files}
             self._weights = OnnxWeights(path, external, loading.arena, choices)
         loading.sessions.append(self._weights)
 
@@ -188,6 +188,16 @@ class DeferredSession:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._weights.session, name)
+
+
+def _find_external(model: Path, name: str) -> Path:
+    path = find_beside(model, name)
+    if path is None:
+        raise ModelFailedError(
+            f"{model}: its weights lie in {name}, which is no file in {model.parent}; put it "
+            f"beside the .onnx file"
+        )
+    return path
 
 
 def _describe(signature: Signature, specs: Sequence[Any]) -> list[Any]:

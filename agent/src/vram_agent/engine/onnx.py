@@ -26,7 +26,8 @@ from vram_agent.engine.arena import Arena, Region
 from vram_agent.engine.onnx_file import BrokenOnnxError
 from vram_agent.engine.weights import Offloaded
 from vram_agent.errors import ModelFailedError
-from vram_agent.protocol import DeviceKind
+from vram_agent.progress import CHUNK_BYTES, advance, step
+from vram_agent.protocol import DeviceKind, LoadStep
 
 _CUDA_PROVIDER = "CUDAExecutionProvider"
 _CPU_PROVIDER = "CPUExecutionProvider"
@@ -66,11 +67,15 @@ class OnnxWeights:
         choices: SessionChoices,
     ) -> None:
         """Read the files, or take the bytes, into the arena. Raises OSError."""
-        if isinstance(model, bytes):
-            self._model = _take_bytes(model, arena)
-        else:
-            self._model = _read_file(model, arena)
-        self._external = {name: _read_file(path, arena) for name, path in external_files.items()}
+        files = [*external_files.values(), *([] if isinstance(model, bytes) else [model])]
+        with step(LoadStep.READING, sum(path.stat().st_size for path in files)):
+            if isinstance(model, bytes):
+                self._model = _take_bytes(model, arena)
+            else:
+                self._model = _read_file(model, arena)
+            self._external = {
+                name: _read_file(path, arena) for name, path in external_files.items()
+            }
         self._choices = choices
         self._session: Any = None
         self._run_options: Any = None
@@ -109,7 +114,7 @@ class OnnxWeights:
         else:
             # What malloc gets back it can give to the system; an arena would keep it.
             options.enable_cpu_mem_arena = False
-        with self.content() as content:
+        with step(LoadStep.BUILDING_SESSION), self.content() as content:
             # A protobuf message has less than 2 GiB; ONNX Runtime takes bytes and nothing like it.
             session = onnxruntime.InferenceSession(bytes(content), options, providers=providers)
         # It keeps the bytes for a fallback that is switched off here.
@@ -222,8 +227,9 @@ def _read_file(path: Path, arena: Arena) -> Region:
         with memoryview(region.buffer) as view:
             at = 0
             while at < size:
-                count = file.readinto(view[at:size])
+                count = file.readinto(view[at : min(at + CHUNK_BYTES, size)])
                 if not count:
                     raise OSError(f"{path} became shorter while it was read")
                 at += count
+                advance(count)
     return region

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vram_agent.backend import TensorSpec
 
@@ -63,6 +64,17 @@ class _Graph:
     outputs: list[memoryview] = field(default_factory=list)
     initializers: set[str] = field(default_factory=set)
     external_files: dict[str, None] = field(default_factory=dict)
+
+
+def find_beside(model: Path, name: str) -> Path | None:
+    """Return the file that a model names for its weights; None where it is none beside the model.
+
+    The name comes from the model's file, so it may not lead out of the model's folder. Symbolic
+    links are whoever's who put the files there: a hub's cache is made of them.
+    """
+    path = model.parent / name
+    is_inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    return path if is_inside and path.is_file() else None
 
 
 def read_signature(model: memoryview) -> Signature:

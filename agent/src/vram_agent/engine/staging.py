@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from vram_agent.progress import advance
+
 
 class Slot(Protocol):
     """One buffer, and the mark that says when the device has read it."""
@@ -35,6 +37,9 @@ class StagingRing:
     def __init__(self, slots: Sequence[Slot]) -> None:
         self._slots = tuple(slots)
         self._next = 0
+        self._under_way = [0] * len(self._slots)
+        self.read_bytes = 0
+        """What the device has surely read; what a slot holds counts once it was waited for."""
 
     def copy(self, source: Any, target: Any) -> None:
         """Copy all of ``source`` to ``target``, of the same length; the last copies go on.
@@ -45,8 +50,11 @@ class StagingRing:
         for start in range(0, len(source), size):
             end = min(start + size, len(source))
             slot = self._slots[self._next]
-            self._next = (self._next + 1) % len(self._slots)
             slot.wait()
+            self.read_bytes += self._under_way[self._next]
+            advance(self._under_way[self._next])
+            self._under_way[self._next] = end - start
+            self._next = (self._next + 1) % len(self._slots)
             staged = slot.buffer[: end - start]
             staged.copy_(source[start:end])
             target[start:end].copy_(staged, non_blocking=True)

@@ -39,7 +39,8 @@ from vram_agent.engine.tensors import (
 )
 from vram_agent.engine.weights import Offloaded
 from vram_agent.pages import align
-from vram_agent.protocol import DeviceKind
+from vram_agent.progress import advance, step
+from vram_agent.protocol import DeviceKind, LoadStep
 
 ALIGNMENT_BYTES = 512
 """What torch's CUDA allocator aligns to; enough for every vector instruction of a CPU."""
@@ -76,14 +77,19 @@ class TorchWeights:
         self._device: torch.Tensor | None = None
         self._block: Block | None = None
         self._vram_bytes: int | None = None
+        with step(LoadStep.COPYING_TO_HOST, sum(shared.nbytes for shared in self._moved)):
+            self._take_in()
+        for shared in self._dropped:
+            shared.source = None
+            shared.empty()
+
+    def _take_in(self) -> None:
         for shared in self._moved:
             # The old storage is freed here, before the next is copied: one is held twice.
             self._region.populate(shared.offset_bytes, shared.nbytes)
             shared.slice_of(self._host).copy_(shared.take_source())
             shared.point(self._host)
-        for shared in self._dropped:
-            shared.source = None
-            shared.empty()
+            advance(shared.nbytes)
 
     @property
     def stray_bytes(self) -> int:
@@ -104,7 +110,8 @@ class TorchWeights:
         device = _as_tensor(block)
         try:
             weights = device[: self.weight_bytes]
-            memory.upload(weights, self._host[: self.weight_bytes], self._region.address)
+            with step(LoadStep.COPYING_TO_DEVICE, self.weight_bytes):
+                memory.upload(weights, self._host[: self.weight_bytes], self._region.address)
             device[self.weight_bytes :].zero_()
             self._strays.bring_back()
             memory.synchronize()

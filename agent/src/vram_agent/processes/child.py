@@ -18,7 +18,16 @@ from dataclasses import dataclass
 import msgspec
 
 from vram_agent.processes.channel import AsyncChannel, ChannelClosedError, Packet, close_fds
-from vram_agent.processes.messages import Answer, Call, Reply, Request, decode_answer, encode
+from vram_agent.processes.messages import (
+    Answer,
+    Call,
+    Partial,
+    Progressed,
+    Reply,
+    Request,
+    decode_answer,
+    encode,
+)
 
 STATUS_TIMEOUT_SECONDS = 5.0
 """How long a message waits for the exit status, which only the process's parent can know."""
@@ -41,6 +50,16 @@ class ExitStatus:
         if self.signal:
             return f"killed by signal {self.signal}"
         return f"exit code {self.exit_code}" if self.exit_code >= 0 else "exit code unknown"
+
+
+OnInterim = Callable[[Reply, tuple[int, ...]], None]
+"""Gets what a call says before its answer, in its order; it owns the descriptors."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    answer: asyncio.Future[tuple[Reply, tuple[int, ...]]]
+    on_interim: OnInterim | None
 
 
 def decode_wait_status(status: int) -> ExitStatus:
@@ -73,7 +92,7 @@ class Child:
         self._pidfd = os.pidfd_open(pid) if pidfd is None else pidfd
         self._on_event = on_event
         self._on_end = on_end
-        self._pending: dict[int, asyncio.Future[tuple[Reply, tuple[int, ...]]]] = {}
+        self._pending: dict[int, _Pending] = {}
         self._last_id = 0
         self._has_ended = False
         self._loop = asyncio.get_running_loop()
@@ -92,7 +111,10 @@ class Child:
         return self._status.result() if self._status.done() else None
 
     async def call(
-        self, request: Request, fds: Sequence[int] = ()
+        self,
+        request: Request,
+        fds: Sequence[int] = (),
+        on_interim: OnInterim | None = None,
     ) -> tuple[Reply, tuple[int, ...]]:
         """Send a request with ``fds`` (taken) and wait for the answer; the caller owns its fds.
 
@@ -105,7 +127,7 @@ class Child:
             self._channel.send(encode(Call(number, request)), fds)
         except ChannelClosedError as error:
             raise ChildDiedError(await self.describe_end()) from error
-        self._pending[number] = future
+        self._pending[number] = _Pending(future, on_interim)
         try:
             return await future
         except ChildDiedError as error:
@@ -115,6 +137,11 @@ class Child:
             if future.done() and not future.cancelled() and future.exception() is None:
                 close_fds(future.result()[1])
             raise
+
+    def tell(self, request: Request) -> None:
+        """Send what has no answer; nothing where it has ended."""
+        with contextlib.suppress(ChannelClosedError):
+            self._channel.send(encode(Call(0, request)))
 
     async def describe_end(self) -> str:
         """Return how it ended, in words, waiting a little for its parent to know."""
@@ -165,11 +192,18 @@ class Child:
             close_fds(packet.fds)
             self._on_event(answer.reply)
             return
-        future = self._pending.pop(answer.id, None)
-        if future is None or future.done():
+        if isinstance(answer.reply, Progressed | Partial):
+            pending = self._pending.get(answer.id)
+            if pending is None or pending.on_interim is None:
+                close_fds(packet.fds)
+            else:
+                pending.on_interim(answer.reply, packet.fds)
+            return
+        pending = self._pending.pop(answer.id, None)
+        if pending is None or pending.answer.done():
             close_fds(packet.fds)
         else:
-            future.set_result((answer.reply, packet.fds))
+            pending.answer.set_result((answer.reply, packet.fds))
 
     def _lose_channel(self) -> None:
         # A process that no longer listens is of no use; its end follows.
@@ -178,9 +212,9 @@ class Child:
 
     def _fail_pending(self) -> None:
         pending, self._pending = self._pending, {}
-        for future in pending.values():
-            if not future.done():
-                future.set_exception(ChildDiedError())
+        for one in pending.values():
+            if not one.answer.done():
+                one.answer.set_exception(ChildDiedError())
 
     def _end(self) -> None:
         self._loop.remove_reader(self._pidfd)

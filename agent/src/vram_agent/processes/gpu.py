@@ -2,8 +2,8 @@
 
 Why it exists: what touches the device is a process that can be ended without losing the model. It
 is a fork of the template (or, when forking is not safe, a process that loaded the models itself)
-and answers the supervisor's calls one after the other, in their order; more may wait in the socket
-meanwhile. It ends with its channel. Called by template.py.
+and answers the supervisor's calls one after the other, in their order; more may wait meanwhile.
+It ends with its channel. Called by template.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from functools import partial
 
 import msgspec
 
@@ -34,24 +35,27 @@ from vram_agent.errors import (
     TaskFailedError,
 )
 from vram_agent.processes.channel import Channel, ChannelClosedError, close_fds
+from vram_agent.processes.inbox import Inbox, Outlet
 from vram_agent.processes.messages import (
     Answer,
     Call,
     Failure,
     MovedTo,
     Offload,
+    Progressed,
     Ran,
     Reply,
     Restore,
     Run,
     Scrub,
     ScrubbedTo,
-    decode_call,
     encode,
     pack_tensors,
     unpack_tensors,
 )
-from vram_agent.runtimes.base import HostedModel
+from vram_agent.progress import measuring, step
+from vram_agent.protocol import LoadProgress, LoadStep
+from vram_agent.runtimes.base import HostedModel, PartialModel
 
 
 def describe_failure(error: AgentError) -> Failure:
@@ -85,6 +89,7 @@ class GpuProcess:
         threads: int,
     ) -> None:
         self._channel = channel
+        self._inbox = Inbox(channel)
         self._models = models
         self._placement = placement
         self._threads = threads
@@ -96,19 +101,19 @@ class GpuProcess:
         """Answer calls until the supervisor closes the channel, or ends."""
         with contextlib.suppress(ChannelClosedError):
             while True:
-                packet = self._channel.receive()
-                call = decode_call(packet.body)
-                reply, fds = self._answer(call, packet.fds)
+                call, given = self._inbox.next()
+                reply, fds = self._answer(call, given)
                 self._channel.send(encode(Answer(call.id, reply)), fds)
 
     def _answer(self, call: Call, fds: tuple[int, ...]) -> tuple[Reply, list[int]]:
         request = call.request
         try:
             if isinstance(request, Run):
-                return self._run(request, fds)
+                return self._run(call, request, fds)
             close_fds(fds)
             if isinstance(request, Restore):
-                return self._restore(request.name), []
+                with measuring(partial(self._tell, call.id)):
+                    return self._restore(request.name), []
             if isinstance(request, Offload):
                 return self._offload(request.name), []
             if isinstance(request, Scrub):
@@ -125,7 +130,8 @@ class GpuProcess:
         # Not before the first restore: opening makes the context, and may fail.
         if self._memory is None:
             try:
-                self._memory = open_memory(self._placement)
+                with step(LoadStep.STARTING_PROCESS):
+                    self._memory = open_memory(self._placement)
             except Exception as error:
                 raise ModelFailedError(
                     f"device {self._placement.uuid} cannot be used: {error}; check the driver and "
@@ -144,6 +150,9 @@ class GpuProcess:
     def _scrub(self) -> tuple[int, int]:
         forget = [model.forget for model in self._models.values()]
         return scrub(self._ensure_memory(), forget)
+
+    def _tell(self, call_id: int, progress: LoadProgress) -> None:
+        self._channel.send(encode(Answer(call_id, Progressed(progress=progress))))
 
     def _restore(self, name: str) -> MovedTo:
         """Bring a model onto the device, or leave everything as it was and raise."""
@@ -197,17 +206,22 @@ class GpuProcess:
             scrubbed_bytes=scrubbed_bytes,
         )
 
-    def _run(self, request: Run, fds: tuple[int, ...]) -> tuple[Reply, list[int]]:
+    def _run(self, call: Call, request: Run, fds: tuple[int, ...]) -> tuple[Reply, list[int]]:
         tensors = unpack_tensors(request.tensors, fds)
         model = self._models[request.name]
         task = Task(kind=request.kind, parameters=request.parameters, tensors=tensors)
         if request.kind not in model.tasks:
             raise BadInputError(f"model {request.name} cannot {request.kind.value}")
         try:
-            result = model.run(task)
+            self._inbox.begin(request.stream)
+            if request.stream and isinstance(model, PartialModel):
+                outlet = Outlet(self._channel, self._inbox, call)
+                result = model.run_in_parts(task, outlet.send)
+            else:
+                result = model.run(task)
             values = msgspec.to_builtins(dict(result.values))
             headers, out = pack_tensors(result.tensors)
-        except AgentError:
+        except (AgentError, ChannelClosedError):
             raise
         except (Exception, SystemExit) as error:  # a model's own code may raise anything
             failure = self._explain_run(request.name, error)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from vram_agent.backend import (
     GroupMemory,
@@ -26,9 +27,17 @@ from vram_agent.backend import (
     TaskResult,
 )
 from vram_agent.devices.base import Device, MemoryFigures
-from vram_agent.errors import AgentError, ModelFailedError, NotResidentError, WorkerDiedError
+from vram_agent.errors import (
+    AgentError,
+    ModelFailedError,
+    NotResidentError,
+    TaskCancelledError,
+    WorkerDiedError,
+)
+from vram_agent.parts import Parts
 from vram_agent.processes.channel import close_fds
-from vram_agent.processes.child import Child, ChildDiedError
+from vram_agent.processes.child import Child, ChildDiedError, OnInterim
+from vram_agent.processes.interim import Delivery, LoadNotes
 from vram_agent.processes.linux import adopt_orphans
 from vram_agent.processes.messages import (
     Become,
@@ -52,17 +61,19 @@ from vram_agent.processes.messages import (
 )
 from vram_agent.processes.pair import TEMPLATE, ProcessPair
 from vram_agent.processes.spawn import build_environment, count_threads
-from vram_agent.protocol import DeviceReport, ModelSpec, ResidualSource
+from vram_agent.protocol import DeviceReport, LoadProgress, LoadStep, ModelSpec, ResidualSource
 from vram_agent.serial import Serial
+
+T = TypeVar("T")
 
 
 def _is_same_model(one: ModelSpec, other: ModelSpec) -> bool:
     return (one.runtime, one.source, one.options) == (other.runtime, other.source, other.options)
 
 
-async def _ask(child: Child, request: Request, fds: tuple[int, ...] = ()) -> Reply:
+async def _ask(child: Child, request: Request, on_interim: OnInterim | None = None) -> Reply:
     """Call and close the answer's descriptors; a Failure is raised as the error it stands for."""
-    reply, received = await child.call(request, fds)
+    reply, received = await child.call(request, on_interim=on_interim)
     close_fds(received)
     if isinstance(reply, Failure):
         raise read_failure(reply)
@@ -88,6 +99,8 @@ class ProcessGroup:
         self._resident: dict[str, int] = {}
         self._pair = ProcessPair(group, environment, on_exit, self._forget_process)
         self._figures = MemoryFigures()
+        self._notes = LoadNotes()
+        self._streams = 0
         self._arena_bytes = 0
         self._own_arena_bytes = 0
         self.gpu_device = ""
@@ -120,15 +133,19 @@ class ProcessGroup:
             context_bytes=self._figures.context_bytes,
         )
 
+    def progress(self, name: str) -> LoadProgress | None:
+        """What the process that loads or restores the model has told last."""
+        return self._notes.of(name)
+
     # --- what changes --------------------------------------------------------------------------
 
     async def load(self, spec: ModelSpec) -> LoadedModel:
         """Load into the template, starting it if there is none."""
-        return await self._transitions.run(lambda: self._load(spec))
+        return await self._told(lambda: self._load(spec))
 
     async def restore(self, name: str, device: str = "") -> Moved:
         """Bring a model into VRAM, making the GPU process if there is none."""
-        return await self._transitions.run(lambda: self._restore(name, device))
+        return await self._told(lambda: self._restore(name, device))
 
     async def offload(self, name: str) -> Moved:
         """Take a model out of VRAM; the GPU process lives on."""
@@ -153,9 +170,20 @@ class ProcessGroup:
         self._pair.close()
         await self._transitions.run(self._close)
 
-    async def run(self, name: str, task: Task) -> TaskResult:
+    async def run(self, name: str, task: Task, parts: Parts | None = None) -> TaskResult:
         """Run a task; tasks of the group run one after the other."""
-        return await self._runs.run(lambda: self._run(name, task))
+        return await self._runs.run(lambda: self._run(name, task, parts))
+
+    async def _told(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Make a transition that tells how far it is."""
+
+        async def noted() -> T:
+            try:
+                return await work()
+            finally:
+                self._notes.clear()
+
+        return await self._transitions.run(noted)
 
     # --- the transitions, one at a time --------------------------------------------------------
 
@@ -186,7 +214,7 @@ class ProcessGroup:
     async def _load_into_template(self, spec: ModelSpec) -> LoadedModel:
         template = self._pair.ensure_template()
         try:
-            reply = await _ask(template, Load(spec=spec))
+            reply = await _ask(template, Load(spec=spec), self._notes.listen(spec.name))
         except ChildDiedError as error:
             raise ModelFailedError(
                 f"model {spec.name}: the template that loaded {spec.source} died ({error}); if "
@@ -214,9 +242,10 @@ class ProcessGroup:
         message = ""
         try:
             if self._pair.gpu is None:
-                message = await self._make_gpu_process(device or self._specs[name].device)
+                self._notes.begin(name, LoadStep.STARTING_PROCESS)
+                message = await self._make_gpu_process(name, device or self._specs[name].device)
             assert self._pair.gpu is not None  # noqa: S101 - it was just made
-            reply = await _ask(self._pair.gpu, Restore(name=name))
+            reply = await _ask(self._pair.gpu, Restore(name=name), self._notes.listen(name))
         except ChildDiedError as error:
             await self._pair.end_gpu()
             raise WorkerDiedError(
@@ -253,15 +282,28 @@ class ProcessGroup:
             scrubbed=Scrubbed(before_bytes=before_bytes, after_bytes=after_bytes),
         )
 
-    async def _run(self, name: str, task: Task) -> TaskResult:
+    async def _run(self, name: str, task: Task, parts: Parts | None) -> TaskResult:
         if self._pair.gpu is None or not self.is_resident(name):
             raise NotResidentError(
                 f"model {name} left VRAM before the task began", retry_after_seconds=1
             )
+        if parts is not None and parts.is_abandoned:
+            raise TaskCancelledError(f"nobody waits for this task of model {name} any more")
         headers, fds = pack_tensors(task.tensors)
-        request = Run(name=name, kind=task.kind, parameters=dict(task.parameters), tensors=headers)
+        self._streams += 1
+        request = Run(
+            name=name,
+            kind=task.kind,
+            parameters=dict(task.parameters),
+            tensors=headers,
+            stream=0 if parts is None else self._streams,
+        )
+        gpu = self._pair.gpu
+        delivery = None if parts is None else Delivery(gpu, request.stream, parts)
         try:
-            reply, received = await self._pair.gpu.call(request, fds)
+            reply, received = await gpu.call(
+                request, fds, None if delivery is None else delivery.take
+            )
         except ChildDiedError as error:
             raise WorkerDiedError(
                 f"model {name}: {error} while it ran this task; other requests are not affected"
@@ -306,8 +348,11 @@ class ProcessGroup:
 
     # --- processes -----------------------------------------------------------------------------
 
-    async def _make_gpu_process(self, wanted: str) -> str:
-        """Fork the GPU process, or start a fresh one where a fork is not safe; return why."""
+    async def _make_gpu_process(self, name: str, wanted: str) -> str:
+        """Fork the GPU process, or start a fresh one where a fork is not safe; return why.
+
+        ``name``: the model that is restored; what is loaded on the way is its progress.
+        """
         for remembered in list(self._specs.values()):
             if remembered.name not in self._loaded:
                 await self._load_into_template(remembered)
@@ -319,7 +364,7 @@ class ProcessGroup:
             return ""
         child = self._pair.start_fresh()
         for spec in list(self._specs.values()):
-            await _ask(child, Load(spec=spec))
+            await _ask(child, Load(spec=spec), self._notes.listen(name))
         reply = await _ask(child, Become(placement=placement, threads=threads))
         assert isinstance(reply, Done)  # noqa: S101 - what a template answers
         self._own_arena_bytes = reply.arena_bytes

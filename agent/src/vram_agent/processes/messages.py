@@ -18,7 +18,7 @@ from vram_agent.backend import LoadedModel, TaskKind, Tensor, TensorSpec
 from vram_agent.devices.base import MemoryFigures, Placement
 from vram_agent.errors import AgentError
 from vram_agent.processes.channel import map_sealed, seal_bytes
-from vram_agent.protocol import ModelSpec
+from vram_agent.protocol import LoadProgress, ModelSpec
 
 TENSOR_ALIGNMENT_BYTES = 64
 MAX_INLINE_TENSOR_BYTES = 32 * 1024
@@ -81,13 +81,28 @@ class Run(Struct, frozen=True, kw_only=True, tag="run"):
     kind: TaskKind
     parameters: dict[str, Any]
     tensors: list[TensorHeader]
+    stream: int = 0
+    """What Taken and Cancel name this task by, and that Partial answers are wanted; 0: none."""
+
+
+class Taken(Struct, frozen=True, kw_only=True, tag="taken"):
+    """To a GPU process: so many parts of a stream have been taken. No answer."""
+
+    stream: int
+    parts: int
+
+
+class Cancel(Struct, frozen=True, kw_only=True, tag="cancel"):
+    """To a GPU process: nobody reads the stream any more. No answer of its own."""
+
+    stream: int
 
 
 class Scrub(Struct, frozen=True, kw_only=True, tag="scrub"):
     """To a GPU process. Answer: Scrubbed."""
 
 
-Request = Load | Unload | Fork | Become | Restore | Offload | Run | Scrub
+Request = Load | Unload | Fork | Become | Restore | Offload | Run | Taken | Cancel | Scrub
 
 
 class Loaded(Struct, frozen=True, kw_only=True, tag="loaded"):
@@ -190,7 +205,32 @@ class Exited(Struct, frozen=True, kw_only=True, tag="exited"):
     status: int
 
 
-Reply = Loaded | Forked | Refused | MovedTo | Ran | ScrubbedTo | Done | Failure | Exited
+class Progressed(Struct, frozen=True, kw_only=True, tag="progressed"):
+    """How far a load or restore has come; with its call's number, any number before its answer."""
+
+    progress: LoadProgress
+
+
+class Partial(Struct, frozen=True, kw_only=True, tag="partial"):
+    """A part of a task's result, before Ran; with a memfd when there are tensors."""
+
+    values: dict[str, Any]
+    tensors: list[TensorHeader]
+
+
+Reply = (
+    Loaded
+    | Forked
+    | Refused
+    | MovedTo
+    | Ran
+    | ScrubbedTo
+    | Done
+    | Failure
+    | Exited
+    | Progressed
+    | Partial
+)
 
 
 class Call(Struct, frozen=True):

@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+from functools import partial
 
 from vram_agent.engine.arena import Arena
 from vram_agent.engine.scrub import drop_tracebacks, trim_malloc
@@ -39,6 +40,7 @@ from vram_agent.processes.messages import (
     Forked,
     Load,
     Loaded,
+    Progressed,
     Refused,
     Reply,
     Unload,
@@ -46,7 +48,8 @@ from vram_agent.processes.messages import (
     encode,
 )
 from vram_agent.processes.orphans import name_fork_of
-from vram_agent.protocol import ModelSpec
+from vram_agent.progress import measuring, step
+from vram_agent.protocol import LoadProgress, LoadStep, ModelSpec
 from vram_agent.runtimes.base import HostedModel
 from vram_agent.runtimes.registry import find_runtime
 
@@ -114,7 +117,8 @@ class Template:
         fds: list[int] = []
         try:
             if isinstance(request, Load):
-                reply = self._load(request.spec)
+                with measuring(partial(self._tell, call.id)):
+                    reply = self._load(request.spec)
             elif isinstance(request, Unload):
                 reply = self._unload(request.name)
             elif isinstance(request, Fork):
@@ -131,10 +135,16 @@ class Template:
             close_fds(packet.fds)
         self._channel.send(encode(Answer(call.id, reply)), fds)
 
+    def _tell(self, call_id: int, progress: LoadProgress) -> None:
+        self._channel.send(encode(Answer(call_id, Progressed(progress=progress))))
+
     def _load(self, spec: ModelSpec) -> Loaded:
         kept = self._arena.regions()
         try:
-            model = find_runtime(spec).load(spec, self._arena)
+            with step(LoadStep.IMPORTING):
+                runtime = find_runtime(spec)
+            with step(LoadStep.READING):
+                model = runtime.load(spec, self._arena)
         except (Exception, SystemExit) as error:  # a loader may raise anything
             for region in self._arena.regions() - kept:
                 region.release()

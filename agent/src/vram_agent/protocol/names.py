@@ -84,6 +84,17 @@ class ModelState(StrEnum):
     FAILED = "Failed"
 
 
+class LoadStep(StrEnum):
+    """What is being done while a model is Loading or Restoring."""
+
+    IMPORTING = "Importing"
+    READING = "Reading"
+    COPYING_TO_HOST = "CopyingToHost"
+    STARTING_PROCESS = "StartingProcess"
+    COPYING_TO_DEVICE = "CopyingToDevice"
+    BUILDING_SESSION = "BuildingSession"
+
+
 class DeviceKind(StrEnum):
     """What kind of memory a device has."""
 

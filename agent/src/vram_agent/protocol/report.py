@@ -16,6 +16,7 @@ from vram_agent.protocol.names import (
     ActionStep,
     AgentMode,
     DeviceKind,
+    LoadStep,
     ModelState,
     ResidualSource,
     Runtime,
@@ -104,8 +105,16 @@ class Transition(_Wire, frozen=True, kw_only=True):
     message: str = ""
 
 
+class LoadProgress(_Wire, frozen=True, kw_only=True, omit_defaults=True):
+    """How far a load has come: the step, and its bytes. What is not known is left out."""
+
+    step: LoadStep
+    done_bytes: int | None = None
+    total_bytes: int | None = None
+
+
 class ModelReport(_Wire, frozen=True, kw_only=True):
-    """One model as the supervisor knows it."""
+    """One model as the supervisor knows it; ``progress`` while it is Loading or Restoring."""
 
     name: str
     runtime: Runtime
@@ -118,6 +127,7 @@ class ModelReport(_Wire, frozen=True, kw_only=True):
     last_used_at: str | None = None
     last_transition: Transition | None = None
     error: str | None = None
+    progress: LoadProgress | None = None
 
 
 class ActionReport(_Wire, frozen=True, kw_only=True):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from vram_agent.backend import Task, TaskKind, TaskResult, TensorSpec
+from vram_agent.backend import Task, TaskKind, TaskPart, TaskResult, TensorSpec
 from vram_agent.engine.arena import Arena
 from vram_agent.engine.rules import is_rules
 from vram_agent.engine.weights import Weights
@@ -48,6 +48,22 @@ class HostedModel(Protocol):
 
     def forget(self) -> None:
         """Drop what tasks left behind in the library: caches by device, hooks. Never raises."""
+        ...
+
+
+Emit = Callable[[TaskPart], None]
+"""Gives a part of a result away at once. It may block, and raises where nobody wants the rest."""
+
+
+@runtime_checkable
+class PartialModel(Protocol):
+    """A model that can give parts of a result before the rest is done."""
+
+    def run_in_parts(self, task: Task, emit: Emit) -> TaskResult:
+        """Run a task as ``run`` does, with its parts to ``emit`` in their order.
+
+        A transcription's result has the whole text again, speech only what was not emitted.
+        """
         ...
 
 

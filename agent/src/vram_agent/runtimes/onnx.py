@@ -12,7 +12,7 @@ from pathlib import Path
 from vram_agent.backend import Task, TaskKind, TaskResult, Tensor, TensorSpec
 from vram_agent.engine.arena import Arena
 from vram_agent.engine.onnx import OnnxWeights, SessionChoices, map_model
-from vram_agent.engine.onnx_file import BrokenOnnxError, Signature, read_signature
+from vram_agent.engine.onnx_file import BrokenOnnxError, Signature, find_beside, read_signature
 from vram_agent.errors import BadInputError, ModelFailedError
 from vram_agent.protocol import InvalidQuantityError, ModelSpec, parse_quantity
 from vram_agent.runtimes.arrays import Array, as_array, as_tensor
@@ -83,8 +83,8 @@ class OnnxRuntime:
 
 
 def _find_external(model: Path, name: str, spec: ModelSpec) -> Path:
-    path = model.parent / name
-    if not path.resolve().is_relative_to(model.parent.resolve()) or not path.is_file():
+    path = find_beside(model, name)
+    if path is None:
         raise ModelFailedError(
             f"model {spec.name}: its weights lie in {name}, which is no file in {model.parent}; "
             f"mount it beside the .onnx file"

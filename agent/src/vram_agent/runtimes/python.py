@@ -12,10 +12,8 @@ import contextlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
-
-import numpy as np
 
 from vram_agent.backend import Task, TaskKind, TaskResult, TensorSpec
 from vram_agent.devices.base import DeviceMemory
@@ -24,15 +22,23 @@ from vram_agent.engine.deferred import defer_sessions
 from vram_agent.engine.rules import read_rules
 from vram_agent.engine.weights import CombinedWeights, Offloaded, Weights
 from vram_agent.errors import BadInputError, ModelFailedError
-from vram_agent.protocol import ModelSpec
+from vram_agent.progress import step
+from vram_agent.protocol import LoadStep, ModelSpec
 from vram_agent.runtimes.arrays import SAMPLE_RATE_HERTZ, as_array, as_tensor, read_audio
 from vram_agent.runtimes.base import (
     OBJECT,
     TENSORS,
+    Emit,
     Option,
     Reference,
     check_options,
     one_of,
+)
+from vram_agent.runtimes.python_answers import (
+    is_generator,
+    one_by_one,
+    read_speech,
+    read_transcript,
 )
 
 FACTORY_OPTIONS = {
@@ -135,10 +141,11 @@ def make_root(spec: ModelSpec) -> object:
             f"the methods {', '.join(methods)}; give it one"
         )
     for kind, method in methods.items():
-        if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
+        if inspect.iscoroutinefunction(method):
             raise ModelFailedError(
                 f"model {spec.name}: method {kind.value} is async, and the GPU process has no "
-                f"event loop; make it a plain method, with asyncio.run inside where it needs one"
+                f"event loop; make it a plain method, with asyncio.run inside where it needs one, "
+                f"or an async generator"
             )
     return root
 
@@ -185,7 +192,8 @@ class LateWeights:
         """Make the model if there is none, then restore it. Raises ModelFailedError."""
         if self._weights is None:
             # An arena of this process alone: it goes when the process does.
-            self.root, self._weights = make_model(self._spec, Arena(self._spec.name))
+            with step(LoadStep.READING):
+                self.root, self._weights = make_model(self._spec, Arena(self._spec.name))
             # What the loader left in the allocator's cache is room for the weights.
             memory.empty_cache()
         return self._weights.restore(memory, threads)
@@ -217,6 +225,13 @@ class PythonModel:
 
     def run(self, task: Task) -> TaskResult:
         """Call the method of the task's name. Raises BadInputError, and whatever it raises."""
+        return self._run(task, None)
+
+    def run_in_parts(self, task: Task, emit: Emit) -> TaskResult:
+        """The same, and give away what a generator yields as it comes."""
+        return self._run(task, emit)
+
+    def _run(self, task: Task, emit: Emit | None) -> TaskResult:
         method: Any = getattr(self._find_root(), task.kind.value, None)
         if method is None:
             raise BadInputError(f"model {self._spec.name} has no method {task.kind.value}")
@@ -224,17 +239,12 @@ class PythonModel:
         if task.kind is TaskKind.INFER:
             found = method({tensor.name: as_array(tensor) for tensor in task.tensors}, parameters)
             # Of a mapping or of pairs, which a generator may yield.
-            outputs: dict[str, Any] = dict(found)
+            outputs: dict[str, Any] = dict(one_by_one(found) if is_generator(found) else found)
             return TaskResult(tensors=[as_tensor(name, out) for name, out in outputs.items()])
         if task.kind is TaskKind.SPEECH:
-            samples, rate_hertz = method(str(parameters.pop("input", "")), parameters)
-            if isinstance(samples, Iterator):
-                samples = np.concatenate([np.atleast_1d(part) for part in samples])
-            return TaskResult(
-                values={"rate": int(rate_hertz)}, tensors=[as_tensor("audio", samples)]
-            )
+            return read_speech(method(str(parameters.pop("input", "")), parameters), emit)
         audio = read_audio(task.tensors)
-        values = _read_transcript(method(audio, parameters))
+        values = read_transcript(method(audio, parameters), emit)
         values.setdefault("language", parameters.get("language") or "")
         values.setdefault("duration", len(audio) / SAMPLE_RATE_HERTZ)
         return TaskResult(values=values)
@@ -246,15 +256,6 @@ class PythonModel:
             # A scrub must go on whatever one model does.
             with contextlib.suppress(Exception):
                 forget()
-
-
-def _read_transcript(found: Any) -> dict[str, Any]:
-    """Return the values of a transcription: of a text, a dict, or pieces of text one by one."""
-    if isinstance(found, Iterator):
-        found = "".join(found)
-    values = {"text": found} if isinstance(found, str) else dict(found)
-    values["segments"] = list(values.get("segments") or ())
-    return values
 
 
 def _read_specs(declared: Any) -> tuple[TensorSpec, ...]:

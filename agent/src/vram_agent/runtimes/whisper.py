@@ -11,6 +11,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from vram_agent.runtimes.base import (
     FLAG,
     NUMBER,
     TEXT,
+    Emit,
     Option,
     Reference,
     check_options,
@@ -37,6 +39,7 @@ from vram_agent.runtimes.base import (
     is_number,
 )
 from vram_agent.runtimes.checkpoints import Undrawn, can_map, fill
+from vram_agent.runtimes.whisper_windows import each_window
 
 _LANGUAGE = Option(
     lambda value: (
@@ -67,7 +70,12 @@ _PARAMETERS = {
             or (isinstance(value, (list, tuple)) and bool(value) and all(map(is_number, value)))
         ),
         "a number or a list of numbers",
-    ).means("of the sampling; further ones are tried where one fails", "openai-whisper's"),
+    ).means(
+        "of the sampling; of a list, the next is tried where a window's log-probability or "
+        "compression fails. 0 stands for openai-whisper's list, as in OpenAI's API; `[0]` is 0 "
+        "alone",
+        "openai-whisper's, 0 to 1 in steps of 0.2",
+    ),
     "word_timestamps": FLAG.means("times of each word too", "false"),
     "condition_on_previous_text": FLAG.means("each window sees the text before it", "true"),
     "beam_size": COUNT.means("beams of the search at temperature 0", "the option's"),
@@ -203,14 +211,21 @@ class WhisperModel:
 
     def run(self, task: Task) -> TaskResult:
         """Transcribe or translate the tensor ``audio``. Raises BadInputError."""
+        return self._run(task, contextlib.nullcontext())
+
+    def run_in_parts(self, task: Task, emit: Emit) -> TaskResult:
+        """The same, and give the text of each window of 30 s away as it is decoded."""
+        return self._run(task, each_window(emit))
+
+    def _run(self, task: Task, watching: AbstractContextManager[None]) -> TaskResult:
         check_parameters(task, _PARAMETERS)
         if task.kind is TaskKind.TRANSLATE and not self._model.is_multilingual:
             raise BadInputError(f"model {self._spec.name} knows English only: it cannot translate")
         audio = read_audio(task.tensors)
+        decoding = self._decoding(task.kind, task.parameters)
         try:
-            found = whisper.transcribe(
-                self._model, torch.from_numpy(audio), **self._decoding(task.kind, task.parameters)
-            )
+            with watching:
+                found = whisper.transcribe(self._model, torch.from_numpy(audio), **decoding)
         except BaseException:
             self._remove_hooks()
             raise
@@ -237,8 +252,9 @@ class WhisperModel:
             "word_timestamps": bool(parameters.get("word_timestamps", False)),
             "fp16": not is_on_cpu and bool(options.get("fp16", True)),
         }
-        if "temperature" in parameters:
-            temperature = parameters["temperature"]
+        temperature = parameters.get("temperature", 0)
+        # OpenAI's API: at 0 the model raises it by itself where a window fails, as by default.
+        if temperature != 0:
             decoding["temperature"] = (
                 float(temperature) if is_number(temperature) else tuple(map(float, temperature))
             )

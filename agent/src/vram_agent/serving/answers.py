@@ -38,7 +38,7 @@ def json_answer(body: Any, *, status: int = 200) -> web.Response:
 
 def error_answer(path: str, error: AgentError) -> web.Response:
     """Return the error in the format of the API that ``path`` belongs to."""
-    body = _openai_error(error) if path.startswith("/v1/") else {"error": error.message}
+    body = openai_error(error) if path.startswith("/v1/") else {"error": error.message}
     answer = json_answer(body, status=error.status)
     seconds = retry_after_seconds(error)
     if seconds is not None:
@@ -57,7 +57,8 @@ def retry_after_seconds(error: AgentError) -> int | None:
     return max(1, math.ceil(error.retry_after_seconds))
 
 
-def _openai_error(error: AgentError) -> dict[str, Any]:
+def openai_error(error: AgentError) -> dict[str, Any]:
+    """Return the error as the OpenAI API writes it, in an answer or as an event of a stream."""
     return {
         "error": {
             "message": error.message,

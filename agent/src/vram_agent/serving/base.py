@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vram_agent.backend import LoadedModel, Task, TaskResult
+from vram_agent.parts import Parts
 from vram_agent.protocol import (
     ActionReport,
     AgentConfig,
@@ -25,11 +26,13 @@ class ModelView:
     spec: ModelSpec
     report: ModelReport
     loaded: LoadedModel | None
+    is_loading_eagerly: bool = False
+    """It is Eager, and the load that this asks for at the agent's start has not ended."""
 
     @property
     def is_ready(self) -> bool:
-        """A lazy model that can load counts as ready; only Failed does not."""
-        return self.report.state != "Failed"
+        """A lazy model that can load counts as ready; Failed does not, nor an eager load."""
+        return self.report.state != "Failed" and not self.is_loading_eagerly
 
 
 class ModelServer(Protocol):
@@ -69,12 +72,14 @@ class ModelServer(Protocol):
         *,
         keep_alive_seconds: float | None = None,
         is_admitted: bool = False,
+        parts: Parts | None = None,
     ) -> TaskResult:
         """Queue the task, bring the model into VRAM, run it and return its result.
 
         ``keep_alive_seconds`` overrides afterTask: 0 offload at once, -1 keep, None the spec's.
         ``is_admitted``: within ``admit``, so that a drain that began since refuses nothing.
-        Raises the types of errors.py. Cancelling gives up the place in the queue.
+        ``parts`` get what of the result is ready before the rest, from models that can. Raises the
+        types of errors.py. Cancelling gives up the place in the queue, and a task that gives parts.
         """
         ...
 

@@ -7,15 +7,16 @@ Why it exists: models give floats at a rate of their own, players want MP3 or WA
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import BinaryIO
 
-from vram_agent.backend import TaskResult, Tensor
+from vram_agent.backend import TaskPart, TaskResult, Tensor
 from vram_agent.errors import BadInputError, TaskFailedError
 from vram_agent.serving import wav
 from vram_agent.serving.ffmpeg import TIMEOUT_SECONDS, Ffmpeg, FfmpegError, find_ffmpeg
@@ -27,6 +28,8 @@ PCM_RATE_HZ = 24_000
 _MAX_CONCURRENT_ENCODES = 4
 _RATES_HZ = range(1_000, 384_001)
 _BLOCK_SAMPLES = 64 * 1024
+_UNKNOWN_COUNT = 1 << 32
+"""More samples than a WAV can say: its header then means all that follows."""
 
 
 class SpeechFormat(StrEnum):
@@ -74,7 +77,7 @@ class Speech:
         return self.samples.nbytes // struct.calcsize(_SAMPLES[self.datatype][0])
 
 
-def read_speech(model: str, result: TaskResult) -> Speech:
+def read_speech(model: str, result: TaskResult | TaskPart) -> Speech:
     """Return what a speech task gave. Raises TaskFailedError where that is no mono audio."""
     audio = next((tensor for tensor in result.tensors if tensor.name == "audio"), None)
     rate_hz = result.values.get("rate")
@@ -142,15 +145,41 @@ class SpeechEncoder:
                     await self._encode_by_ffmpeg(speech, response_format, target)
                 return map_scratch(target)
 
-    async def _encode_by_ffmpeg(
-        self, speech: Speech, response_format: SpeechFormat, target: BinaryIO
-    ) -> None:
+    async def encode_stream(
+        self, speech: AsyncIterator[Speech], response_format: SpeechFormat
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the file as the speech comes; a WAV says that it goes on to the end.
+
+        The same three ways as ``encode``, and the same errors. Closing it ends ffmpeg.
+        """
+        first = await anext(aiter(speech))
+        samples = _samples(first, speech)
+        if response_format is SpeechFormat.WAV:
+            yield wav.header(_UNKNOWN_COUNT, first.rate_hz)
+        elif response_format is not SpeechFormat.PCM or first.rate_hz != PCM_RATE_HZ:
+            await self._ensure_resampler(first.rate_hz)
+            samples = self._ffmpeg.pump(_arguments(first.rate_hz, response_format), samples)
+        async with contextlib.aclosing(samples) as encoded:
+            try:
+                async for piece in encoded:
+                    yield piece
+            except FfmpegError as error:
+                raise TaskFailedError(
+                    f"the speech could not be encoded as {response_format}: {error}"
+                ) from error
+
+    async def _ensure_resampler(self, rate_hz: int) -> None:
         if not await self._ffmpeg.is_there():
             raise BadInputError(
-                f"the model speaks at {speech.rate_hz} Hz, pcm is {PCM_RATE_HZ} Hz, and this agent "
+                f"the model speaks at {rate_hz} Hz, pcm is {PCM_RATE_HZ} Hz, and this agent "
                 "has no ffmpeg to resample; ask for wav, or install ffmpeg in the agent's image",
                 param="response_format",
             )
+
+    async def _encode_by_ffmpeg(
+        self, speech: Speech, response_format: SpeechFormat, target: BinaryIO
+    ) -> None:
+        await self._ensure_resampler(speech.rate_hz)
         with open_scratch() as source:
             await asyncio.to_thread(_write_pcm16, speech, source, b"")
             source.seek(0)
@@ -171,6 +200,24 @@ def _arguments(rate_hz: int, response_format: SpeechFormat) -> Sequence[str]:
         *("-f", "s16le", "-ar", str(rate_hz), "-ac", "1", "-i", "pipe:0"),
         *("-c:a", codec, *resampled, "-f", container, "pipe:1"),
     )
+
+
+async def _samples(first: Speech, rest: AsyncIterator[Speech]) -> AsyncGenerator[bytes, None]:
+    """Yield the samples with 16 bits. Raises TaskFailedError where the rate changes midway."""
+    yield await asyncio.to_thread(_all_pcm16, first)
+    async for speech in rest:
+        if speech.rate_hz != first.rate_hz:
+            raise TaskFailedError(
+                f"the model spoke at {first.rate_hz} Hz and went on at {speech.rate_hz} Hz"
+            )
+        yield await asyncio.to_thread(_all_pcm16, speech)
+
+
+def _all_pcm16(speech: Speech) -> bytes:
+    code, scale = _SAMPLES[speech.datatype]
+    if scale == 1:
+        return bytes(speech.samples)
+    return _to_pcm16(speech.samples, code, scale)
 
 
 def _write_pcm16(speech: Speech, target: BinaryIO, head: bytes) -> None:

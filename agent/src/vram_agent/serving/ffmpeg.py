@@ -1,4 +1,4 @@
-"""Finds ffmpeg and runs it from one file to another.
+"""Finds ffmpeg and runs it from one file to another, or between two streams.
 
 Why it exists: decoding and encoding share how ffmpeg is found, timed and ended, and what of its
 complaints a client may read. Called by ``audio.py`` and ``encoder.py``. It knows no formats.
@@ -13,13 +13,14 @@ import os
 import re
 import shutil
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import BinaryIO
 
 from vram_agent.serving.scratch import ScratchFullError
 
 TIMEOUT_SECONDS = 300.0
 _STDERR_TAIL_BYTES = 4096
+_PIECE_BYTES = 64 * 1024
 
 
 class FfmpegError(Exception):
@@ -83,6 +84,51 @@ class Ffmpeg:
             if os.strerror(errno.ENOSPC).encode() in tail:
                 raise ScratchFullError
             raise FfmpegError(_last_line(tail))
+
+    async def pump(
+        self, arguments: Sequence[str], source: AsyncGenerator[bytes, None]
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield what ffmpeg makes of a source while that still comes, without a limit of time.
+
+        Raises FfmpegError, and what the source raises. Closing it ends ffmpeg, and the source.
+        """
+        process = await asyncio.create_subprocess_exec(
+            self._path or "ffmpeg",
+            *("-hide_banner", "-loglevel", "error", "-threads", "1"),
+            *("-probesize", "32", "-analyzeduration", "0"),  # the format is said, not found out
+            *arguments[:-1],
+            *("-flush_packets", "1", arguments[-1]),
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
+        )
+        feeding = asyncio.create_task(_feed(process, source))
+        complaining = asyncio.create_task(_read_tail(process))
+        try:
+            assert process.stdout is not None  # noqa: S101 - it was asked for
+            while piece := await process.stdout.read(_PIECE_BYTES):
+                yield piece
+            await feeding
+            if await process.wait() != 0:
+                raise FfmpegError(_last_line(await complaining))
+        finally:
+            feeding.cancel()
+            await _ensure_ended(process)
+            await asyncio.gather(feeding, complaining, return_exceptions=True)
+
+
+async def _feed(process: Process, source: AsyncGenerator[bytes, None]) -> None:
+    """Give ffmpeg the source, no faster than it reads. Raises what the source raises."""
+    assert process.stdin is not None  # noqa: S101 - it was asked for
+    try:
+        async with contextlib.aclosing(source) as pieces:
+            async for piece in pieces:
+                process.stdin.write(piece)
+                await process.stdin.drain()
+    except ConnectionError:  # it has ended, and its status says why
+        pass
+    finally:
+        process.stdin.close()
 
 
 async def _read_tail(process: Process) -> bytes:

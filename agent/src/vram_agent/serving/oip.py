@@ -128,10 +128,13 @@ async def describe_model(request: web.Request) -> web.Response:
 
 
 async def model_ready(request: web.Request) -> web.Response:
-    """``GET /v2/models/{m}/ready``; a lazy model that can load is ready."""
+    """``GET /v2/models/{m}/ready``, with the progress of a load that is under way."""
     view = _requested_version(request)
     is_ready = view.is_ready and request.app[SERVER].is_ready()
-    return json_answer({"name": view.spec.name, "ready": is_ready}, status=200 if is_ready else 503)
+    body: dict[str, Any] = {"name": view.spec.name, "ready": is_ready}
+    if view.report.progress is not None:
+        body |= {"state": view.report.state, "progress": view.report.progress}
+    return json_answer(body, status=200 if is_ready else 503)
 
 
 async def infer(request: web.Request) -> web.StreamResponse:
@@ -199,13 +202,19 @@ async def index(request: web.Request) -> web.Response:
             {
                 "name": view.spec.name,
                 "version": MODEL_VERSION,
-                "state": "READY" if view.is_ready else "UNAVAILABLE",
+                "state": _index_state(view),
                 "reason": view.report.error or "",
             }
             for view in request.app[SERVER].models()
             if view.is_ready or not only_ready
         ]
     )
+
+
+def _index_state(view: ModelView) -> str:
+    if view.is_ready:
+        return "READY"
+    return "LOADING" if view.is_loading_eagerly else "UNAVAILABLE"
 
 
 async def load(request: web.Request) -> web.Response:

@@ -6,25 +6,28 @@ runtime gets is a Task of kind TRANSCRIBE or TRANSLATE with the tensor ``audio``
 client gave them, the parameters ``language`` (text), ``prompt`` (text), ``temperature`` (0 to 1)
 and ``word_timestamps`` (true: each segment gets ``words``, a list of {word, start, end}).
 
-A stream has a delta for each segment, once the task is done: runtimes give results whole.
+A stream has a delta for each part that the runtime gives, as it comes: Whisper one for each window
+of 30 s. Of runtimes that give results whole it has one for each segment, once the task is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
+import structlog
 from aiohttp import web
 
-from vram_agent.backend import Task, TaskKind, TaskResult, Tensor
-from vram_agent.errors import BadInputError
+from vram_agent.backend import Task, TaskKind, TaskPart, TaskResult, Tensor
+from vram_agent.errors import AgentError, BadInputError
 from vram_agent.serving import transcripts
-from vram_agent.serving.answers import json_answer
+from vram_agent.serving.answers import json_answer, openai_error
 from vram_agent.serving.audio import SAMPLE_RATE_HZ
 from vram_agent.serving.base import ModelView
 from vram_agent.serving.context import DECODER, PLACES, SERVER, STARTED_AT
+from vram_agent.serving.pieces import Pieces, run_in_pieces
 from vram_agent.serving.requests import (
     ensure_offered,
     keep_alive_seconds,
@@ -54,6 +57,7 @@ _FIELDS = (
 )
 _TASK_WORDS = {TaskKind.TRANSCRIBE: "transcribe", TaskKind.TRANSLATE: "translate"}
 _MAX_LANGUAGE_CHARACTERS = 32
+_log = structlog.get_logger(__name__)
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -115,12 +119,36 @@ async def _answer(request: web.Request, kind: TaskKind) -> web.StreamResponse:
             raise BadInputError("the form has no file", param="file")
         audio = await request.app[DECODER].decode(form.file)
     task = Task(kind=kind, parameters=question.parameters, tensors=(audio,))
-    result = await request.app[SERVER].submit(
+    server = request.app[SERVER]
+    if question.is_stream:
+        async with run_in_pieces(server, view.spec.name, task, keep_alive) as pieces:
+            # Until here an error is an answer with its status.
+            first = await anext(pieces)
+            return await send_events(request, _to_events(first, pieces))
+    result = await server.submit(
         view.spec.name, task, keep_alive_seconds=keep_alive, is_admitted=True
     )
-    if question.is_stream:
-        return await send_events(request, transcripts.to_events(result.values))
     return _render(_timed(result, audio), kind, question)
+
+
+async def _to_events(first: TaskPart | TaskResult, rest: Pieces) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events; the last is ``transcript.text.done``, or the error that came instead."""
+    deltas = transcripts.Deltas()
+    try:
+        piece = first
+        while isinstance(piece, TaskPart):
+            for event in deltas.of_part(str(piece.values.get("text", ""))):
+                yield event
+            piece = await anext(rest)
+        for event in deltas.of_result(piece.values):
+            yield event
+    except AgentError as error:
+        _log.warning("stream failed", error=error.message, code=error.code)
+        yield {"type": "error", **openai_error(error)}
+    except Exception:  # the head is sent: nobody else can answer any more
+        _log.exception("stream failed")
+        hidden = AgentError("internal error; the agent's log says more")
+        yield {"type": "error", **openai_error(hidden)}
 
 
 def parse_question(form: Form, kind: TaskKind) -> Question:

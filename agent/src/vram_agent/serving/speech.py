@@ -4,20 +4,25 @@ Why it exists: applications that speak it need no change. It parses and sends; q
 VRAM are the supervisor's, formats ``encoder.py``'s. What a runtime gets is a Task of kind SPEECH
 with the parameters ``input`` (text) and, where the client gave them, ``voice`` (text),
 ``instructions`` (text) and ``speed`` (0.25 to 4). It gives the tensor ``audio`` and the value
-``rate`` (hertz).
+``rate`` (hertz), whole or in parts; parts are sent as they come.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, Literal
 
 import msgspec
+import structlog
 from aiohttp import web
 from msgspec import Meta
 
-from vram_agent.backend import Task, TaskKind
+from vram_agent.backend import Task, TaskKind, TaskPart, TaskResult
+from vram_agent.errors import AgentError
 from vram_agent.serving.context import ENCODER, PLACES, SERVER
-from vram_agent.serving.encoder import CONTENT_TYPES, SpeechFormat, read_speech
+from vram_agent.serving.encoder import CONTENT_TYPES, Speech, SpeechFormat, read_speech
+from vram_agent.serving.pieces import Pieces, run_in_pieces
 from vram_agent.serving.requests import (
     decode_json,
     ensure_offered,
@@ -31,6 +36,7 @@ from vram_agent.serving.streams import send_parts
 API_NAMES = {"/v1/audio/speech": "speech"}
 MAX_INPUT_CHARACTERS = 4096
 _MAX_BODY_BYTES = 256 * 1024
+_log = structlog.get_logger(__name__)
 _Text = Annotated[str, Meta(max_length=MAX_INPUT_CHARACTERS)]
 
 
@@ -84,14 +90,43 @@ async def _speak(request: web.Request) -> web.StreamResponse:
     ensure_offered(request.app[SERVER], view, TaskKind.SPEECH)
     encoder = request.app[ENCODER]
     await encoder.ensure_offered(question.response_format)
-    result = await request.app[SERVER].submit(
-        view.spec.name,
-        question.as_task(),
-        keep_alive_seconds=keep_alive,
-        is_admitted=True,
-    )
-    spoken = await encoder.encode(read_speech(view.spec.name, result), question.response_format)
+    name = view.spec.name
     answer = web.StreamResponse()
     answer.content_type = CONTENT_TYPES[question.response_format]
-    answer.content_length = spoken.nbytes
-    return await send_parts(request, answer, (spoken,))
+    async with run_in_pieces(request.app[SERVER], name, question.as_task(), keep_alive) as pieces:
+        first = await anext(pieces)
+        if isinstance(first, TaskResult):
+            spoken = await encoder.encode(read_speech(name, first), question.response_format)
+            answer.content_length = spoken.nbytes
+            return await send_parts(request, answer, (spoken,))
+        speech = _spoken(name, first, pieces)
+        encoding = encoder.encode_stream(speech, question.response_format)
+        async with contextlib.aclosing(encoding) as encoded:
+            return await _send_stream(request, answer, await anext(encoded), encoded)
+
+
+async def _spoken(model: str, first: TaskPart, rest: Pieces) -> AsyncGenerator[Speech, None]:
+    """Yield the speech of each part. Raises TaskFailedError where one is no mono audio."""
+    piece: TaskPart | TaskResult = first
+    while isinstance(piece, TaskPart):
+        yield read_speech(model, piece)
+        piece = await anext(rest)
+
+
+async def _send_stream(
+    request: web.Request, answer: web.StreamResponse, first: bytes, rest: AsyncIterator[bytes]
+) -> web.StreamResponse:
+    """Send audio as it comes. Audio has no place for an error: the body then ends too early."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield first
+        async for part in rest:
+            yield part
+
+    try:
+        return await send_parts(request, answer, parts())
+    except AgentError as error:
+        _log.warning("stream failed", error=error.message, code=error.code)
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("the speech ended with an error") from error

@@ -108,6 +108,43 @@ def to_events(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*deltas, {"type": "transcript.text.done", "text": text}]
 
 
+class Deltas:
+    """The deltas of a text that comes in parts, and at last whole.
+
+    Put together they are the whole text without the blanks around it, as clients expect.
+    """
+
+    def __init__(self) -> None:
+        self._sent = ""
+        self._held = ""
+
+    @property
+    def has_sent(self) -> bool:
+        """Whether there was one."""
+        return bool(self._sent)
+
+    def of_part(self, text: str) -> list[dict[str, Any]]:
+        """Return the events of a part; blanks at its end wait for what follows."""
+        text = self._held + text
+        if not self._sent:
+            text = text.lstrip()
+        shown = text.rstrip()
+        self._held = text[len(shown) :]
+        return self._delta(shown)
+
+    def of_result(self, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the last events; a text that does not go on from the deltas is in one alone."""
+        if not self._sent:
+            return to_events(values)
+        text = _text(values)
+        rest = text[len(self._sent) :] if text.startswith(self._sent) else ""
+        return [*self._delta(rest), {"type": "transcript.text.done", "text": text}]
+
+    def _delta(self, text: str) -> list[dict[str, Any]]:
+        self._sent += text
+        return [{"type": "transcript.text.delta", "delta": text}] if text else []
+
+
 def _segments(values: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """Return the timed segments; a model that gives text only has one, of the whole length."""
     segments = values.get("segments")

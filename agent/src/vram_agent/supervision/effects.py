@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import structlog
 
-from vram_agent.backend import GroupBackend, LoadedModel, Moved, Scrubbed, Task, TaskResult
+from vram_agent.backend import GroupBackend, LoadedModel, Moved, Scrubbed, TaskResult
 from vram_agent.core.pool import Step, StepKind
 from vram_agent.errors import AgentError, ModelFailedError, TaskFailedError
 from vram_agent.protocol import ModelSpec
+from vram_agent.supervision.fleet import Waiting
 
 _log = structlog.get_logger("vram_agent.supervisor")
 
@@ -91,12 +92,12 @@ async def carry_out(
 
 
 async def run_task(
-    name: str, task: Task, group: GroupBackend, monotonic: Callable[[], float]
+    name: str, waiting: Waiting, group: GroupBackend, monotonic: Callable[[], float]
 ) -> TaskOutcome:
-    """Run a task. Never raises but when cancelled."""
+    """Run the task of a request. Never raises but when cancelled."""
     began = monotonic()
     try:
-        result = await group.run(name, task)
+        result = await group.run(name, waiting.task, waiting.parts)
     except AgentError as fault:
         return TaskOutcome(seconds=monotonic() - began, error=fault)
     except Exception as fault:

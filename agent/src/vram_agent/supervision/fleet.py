@@ -17,6 +17,7 @@ from vram_agent.core.ledger import HOST, UNLIMITED_BYTES, Ledger
 from vram_agent.core.lifecycle import ABSENT, Residence
 from vram_agent.core.pool import CommandKind
 from vram_agent.errors import AgentError, NoSuchModelError
+from vram_agent.parts import Parts
 from vram_agent.protocol import (
     AgentConfig,
     DeviceReport,
@@ -44,6 +45,8 @@ class Waiting:
     arrived_at: float
     keep_alive_seconds: float | None = None
     timer: asyncio.TimerHandle | None = None
+    parts: Parts | None = None
+    """Where parts of its result go as they are made; None where nobody wants any."""
 
 
 @dataclass(slots=True, eq=False)

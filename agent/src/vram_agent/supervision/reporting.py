@@ -13,6 +13,7 @@ import structlog
 
 from vram_agent.backend import Backend, Scrubbed
 from vram_agent.core.dirty import is_dirty
+from vram_agent.core.pool import CommandKind
 from vram_agent.core.residual import MemorySamples, ProcessSample, compute_memory_report
 from vram_agent.protocol import (
     ActionReport,
@@ -148,6 +149,8 @@ class Reporter:
 
 def model_report(cell: ModelCell) -> ModelReport:
     """Return one model's part of the report."""
+    backend = cell.group.backend
+    is_coming = cell.residence.state in (ModelState.LOADING, ModelState.RESTORING)
     is_in_host_memory = cell.residence.tier is not Tier.DISK and cell.loaded is not None
     return ModelReport(
         name=cell.name,
@@ -161,9 +164,15 @@ def model_report(cell: ModelCell) -> ModelReport:
         last_used_at=cell.last_used_wall,
         last_transition=cell.last_transition,
         error=cell.error if cell.residence.state is ModelState.FAILED else None,
+        progress=backend.progress(cell.name) if is_coming and backend is not None else None,
     )
 
 
 def model_view(cell: ModelCell) -> ModelView:
     """Return a model as a client sees it."""
-    return ModelView(spec=cell.spec, report=model_report(cell), loaded=cell.loaded)
+    return ModelView(
+        spec=cell.spec,
+        report=model_report(cell),
+        loaded=cell.loaded,
+        is_loading_eagerly=any(one.kind is CommandKind.EAGER for one in cell.commands),
+    )

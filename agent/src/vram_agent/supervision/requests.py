@@ -19,6 +19,7 @@ from vram_agent.errors import (
     QueueTimeoutError,
     WorkerDiedError,
 )
+from vram_agent.parts import Parts
 from vram_agent.supervision.effects import TaskOutcome
 from vram_agent.supervision.fleet import Fleet, ModelCell, Waiting
 from vram_agent.supervision.ports import Surroundings, format_time
@@ -36,7 +37,13 @@ class Requests:
         self._observer = surroundings.observer
         self._numbers = itertools.count(1)
 
-    def enqueue(self, cell: ModelCell, task: Task, keep_alive_seconds: float | None) -> Waiting:
+    def enqueue(
+        self,
+        cell: ModelCell,
+        task: Task,
+        keep_alive_seconds: float | None,
+        parts: Parts | None = None,
+    ) -> Waiting:
         """Give a request its place. Raises QueueFullError with the time until a place is free."""
         policy = self._fleet.config.queue
         if len(cell.queue) >= policy.max_depth:
@@ -52,6 +59,7 @@ class Requests:
             answer=loop.create_future(),
             arrived_at=self._clock.monotonic(),
             keep_alive_seconds=keep_alive_seconds,
+            parts=parts,
         )
         waiting.timer = loop.call_later(policy.timeout_seconds, self._expire, cell, waiting)
         cell.queue[waiting.number] = waiting
@@ -62,10 +70,15 @@ class Requests:
         return max(1.0, cell.task_seconds or DEFAULT_TASK_SECONDS)
 
     def give_up(self, cell: ModelCell, waiting: Waiting) -> None:
-        """The caller has gone: free the place, or drop the answer of the task that runs."""
+        """The caller has gone: free the place, or drop the answer of the task that runs.
+
+        A task that gives parts ends at its next one.
+        """
         self._leave(cell, waiting)
         if not waiting.answer.done():
             waiting.answer.cancel()
+        if waiting.parts is not None and waiting.answer.cancelled():
+            waiting.parts.abandon()
 
     def start(self, cell: ModelCell) -> Waiting:
         """Take the first request out of the queue and lease the model to it."""

@@ -20,6 +20,7 @@ from vram_agent.backend import Task, TaskResult
 from vram_agent.devices.base import Device
 from vram_agent.errors import DrainingError, NoSuchModelError, NotSupportedError
 from vram_agent.metrics import UNKNOWN_MODEL
+from vram_agent.parts import Parts
 from vram_agent.protocol import (
     ActionReport,
     ActionStep,
@@ -182,9 +183,10 @@ class Wrapper:
         *,
         keep_alive_seconds: float | None = None,
         is_admitted: bool = False,
+        parts: Parts | None = None,
     ) -> TaskResult:
         """Raise NotSupportedError."""
-        del task, keep_alive_seconds, is_admitted
+        del task, keep_alive_seconds, is_admitted, parts
         self._refuse(f"a task for model {model[:63]!r}")
 
     async def load(self, model: str) -> ModelReport:

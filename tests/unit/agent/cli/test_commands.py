@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import logging
 import resource
 import signal
 import subprocess
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import structlog
 from vram_agent import __version__
 from vram_agent.__main__ import main, split_wrapped
+from vram_agent.logs import configure_logs
 from vram_agent.protocol import (
     ActionReport,
     ActionState,
@@ -135,6 +139,39 @@ def test_serve_answers_2_for_what_it_cannot_serve(
 ) -> None:
     assert main(["serve", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_config_for_the_other_command_says_which_one_it_is_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("models: [{name: a, runtime: ONNX, source: /m}]\nrun: {afterCrash: Restart}\n")
+    assert main(["serve", "--config", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("run: is for `vram-agent run -- COMMAND`")
+    assert "take it out" in said
+    assert main(["run", "--config", str(path), "--", "true"]) == 2
+    assert capsys.readouterr().err.startswith("models: vram-agent run wraps a command")
+
+
+def test_a_transition_is_one_line_in_either_format(capsys: pytest.CaptureFixture[str]) -> None:
+    line = {"model": "a", "from": "Absent/Disk", "to": "Offloaded/Host", "reason": "Requested"}
+    try:
+        for log_format in ("json", "console"):
+            configure_logs(log_format)
+            structlog.get_logger("t").info("transition", **line, bytes=7, seconds=0.5)
+            (said,) = capsys.readouterr().err.splitlines()
+            if log_format == "json":
+                found = json.loads(said)
+                assert {name: found[name] for name in line} == line
+                assert (found["bytes"], found["seconds"], found["level"]) == (7, 0.5, "info")
+            else:
+                assert all(f"{name}={value}" in said for name, value in line.items())
+                assert "bytes=7" in said
+                assert "seconds=0.5" in said
+    finally:
+        structlog.reset_defaults()
+        logging.getLogger().handlers.clear()
 
 
 def test_a_report_is_a_table_with_everything_a_person_asks_for() -> None:

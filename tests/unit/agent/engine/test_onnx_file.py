@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from vram_agent.backend import TensorSpec
-from vram_agent.engine.onnx_file import BrokenOnnxError, Signature, read_signature
+from vram_agent.engine.onnx_file import BrokenOnnxError, Signature, find_beside, read_signature
 
 from tests import models
 
@@ -117,3 +117,27 @@ def test_nothing_but_the_one_error_comes_of_junk(junk: bytes) -> None:
         return
     # A graph of nothing at all is a message too.
     assert signature == Signature((), (), frozenset(), (), signature.metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_found"),
+    [
+        pytest.param("w.bin", True, id="beside the model"),
+        pytest.param("parts/w.bin", True, id="in a folder there"),
+        pytest.param("linked.bin", True, id="a link, as a hub's cache has"),
+        pytest.param("../secret", False, id="in the folder above"),
+        pytest.param("parts/../../secret", False, id="in the folder above, by a detour"),
+        pytest.param("{above}/secret", False, id="an absolute path"),
+        pytest.param("gone.bin", False, id="nowhere"),
+    ],
+)
+def test_a_model_names_no_file_outside_of_its_folder(
+    tmp_path: Path, name: str, is_found: bool
+) -> None:
+    folder = tmp_path / "model"
+    (folder / "parts").mkdir(parents=True)
+    for path in (folder / "w.bin", folder / "parts" / "w.bin", tmp_path / "secret"):
+        path.write_bytes(b"x")
+    (folder / "linked.bin").symlink_to(tmp_path / "secret")
+    found = find_beside(folder / "m.onnx", name.format(above=tmp_path))
+    assert (found is not None) == is_found

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from vram_agent.backend import Task, TaskKind
-from vram_agent.errors import ModelFailedError
+from vram_agent.backend import Task, TaskKind, TaskPart
+from vram_agent.errors import ModelFailedError, TaskCancelledError
 from vram_agent.protocol import Runtime
+from vram_agent.runtimes.base import PartialModel
 
 from tests.unit.agent.runtimes.hosting import (
     hosted,
@@ -68,8 +70,24 @@ class Asynchronous:
 
 
 class Streaming:
+    """Yields from generators of both kinds, and notes that they were closed."""
+
+    closed: ClassVar[list[str]] = []
+
     async def transcribe(self, audio: Any, parameters: Any) -> Any:
-        yield "a"
+        try:
+            for piece in ("a ", "b ", "c"):
+                await asyncio.sleep(0)
+                yield piece
+        finally:
+            self.closed.append("transcribe")
+
+    def speech(self, text: str, parameters: Any) -> Any:
+        try:
+            for letter in text:
+                yield np.full(2, ord(letter), np.float32), 8_000
+        finally:
+            self.closed.append("speech")
 
 
 HERE = f"{__name__}:"
@@ -111,11 +129,47 @@ def test_texts_segments_and_samples_may_come_one_by_one() -> None:
         assert np.frombuffer(spoken.tensors[0].data, "<f4").tolist() == [65, 65, 66, 66]
 
 
+SPEAK = Task(kind=TaskKind.SPEECH, parameters={"input": "AB"})
+TRANSCRIBE = Task(kind=TaskKind.TRANSCRIBE, tensors=[AUDIO])
+
+
+def test_what_a_generator_yields_is_given_away_as_it_comes_and_whole_to_who_wants_no_parts() -> (
+    None
+):
+    with hosted(Runtime.PYTHON, f"{HERE}Streaming") as model:
+        assert isinstance(model, PartialModel)
+        parts: list[TaskPart] = []
+        assert model.run_in_parts(TRANSCRIBE, parts.append).values["text"] == "a b c"
+        assert [part.values for part in parts] == [{"text": "a "}, {"text": "b "}, {"text": "c"}]
+        assert model.run(TRANSCRIBE).values["text"] == "a b c"
+
+        parts.clear()
+        left = model.run_in_parts(SPEAK, parts.append)
+        assert (left.values, list(left.tensors)) == ({"rate": 8_000}, [])
+        samples = [np.frombuffer(part.tensors[0].data, "<f4").tolist() for part in parts]
+        assert samples == [[65, 65], [66, 66]]
+        assert [part.values for part in parts] == [{"rate": 8_000}] * 2
+        whole = model.run(SPEAK)
+        assert np.frombuffer(whole.tensors[0].data, "<f4").tolist() == [65, 65, 66, 66]
+
+
+@pytest.mark.parametrize("task", [TRANSCRIBE, SPEAK], ids=["an async generator", "a generator"])
+def test_a_generator_is_closed_where_nobody_wants_the_rest(task: Task) -> None:
+    def refuse(_: TaskPart) -> None:
+        raise TaskCancelledError("gone")
+
+    Streaming.closed.clear()
+    with hosted(Runtime.PYTHON, f"{HERE}Streaming") as model:
+        assert isinstance(model, PartialModel)
+        with pytest.raises(TaskCancelledError):
+            model.run_in_parts(task, refuse)
+        assert Streaming.closed == [task.kind.value]
+
+
 @pytest.mark.parametrize(
     ("source", "match"),
     [
         pytest.param(f"{HERE}Asynchronous", "method infer is async", id="a coroutine"),
-        pytest.param(f"{HERE}Streaming", "method transcribe is async", id="async generator"),
         pytest.param("types:SimpleNamespace", "has none of the methods transcribe", id="no method"),
         pytest.param(f"{HERE}HERE", "no function and no class", id="a text"),
     ],

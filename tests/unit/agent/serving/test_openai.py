@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import Any
 
 import aiohttp
 import pytest
-from vram_agent.backend import TaskKind, TaskResult
-from vram_agent.errors import QueueFullError
+from vram_agent.backend import TaskKind, TaskPart, TaskResult
+from vram_agent.errors import QueueFullError, WorkerDiedError
 
 from tests.support.server import FakeModelServer, absent_view, infer_view, speech_view
 from tests.unit.agent.serving.conftest import Agent, StartAgent
@@ -266,6 +268,69 @@ async def test_what_fails_before_a_stream_begins_is_an_error_like_any_other(
     answer, text = await post(agent, form(("model", "whisper"), ("stream", "true")))
     assert (answer.status, answer.headers["Retry-After"]) == (429, "3")
     assert '"code":"queue_full"' in text
+
+
+def part(text: str) -> TaskPart:
+    return TaskPart(values={"text": text})
+
+
+async def test_a_stream_begins_before_its_task_has_ended(
+    agent: Agent, server: FakeModelServer
+) -> None:
+    server.gate.clear()
+    server.parts = [part(" One,"), part(" two. ")]
+    server.result = TaskResult(values={"text": "One, two. Three."})
+    data = form(("model", "whisper"), ("stream", "true"))
+    async with agent.session.post(agent.serving(TRANSCRIPTIONS), data=data) as answer:
+        events = [await answer.content.readuntil(b"\n\n") for _ in range(2)]
+        assert not server.gate.is_set()  # the task still runs
+        server.gate.set()
+        events.append(await answer.content.read())
+    assert b"".join(events).decode() == (
+        'data: {"type":"transcript.text.delta","delta":"One,"}\n\n'
+        'data: {"type":"transcript.text.delta","delta":" two."}\n\n'
+        'data: {"type":"transcript.text.delta","delta":" Three."}\n\n'
+        'data: {"type":"transcript.text.done","text":"One, two. Three."}\n\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "code"),
+    [
+        pytest.param(WorkerDiedError("it died"), "it died", "worker_died", id="a death"),
+        pytest.param(
+            ValueError("secret"),
+            "internal error; the agent's log says more",
+            "internal_error",
+            id="a fault of ours",
+        ),
+    ],
+)
+async def test_what_fails_after_the_first_part_is_the_last_event_of_the_stream(
+    agent: Agent, server: FakeModelServer, error: Exception, message: str, code: str
+) -> None:
+    server.parts = [part("One")]
+    server.error = error
+    answer, text = await post(agent, form(("model", "whisper"), ("stream", "true")))
+    assert answer.status == 200
+    first, last = text.strip().split("\n\n")
+    assert first == 'data: {"type":"transcript.text.delta","delta":"One"}'
+    assert json.loads(last.removeprefix("data: ")) == {
+        "type": "error",
+        "error": {"message": message, "type": "server_error", "param": None, "code": code},
+    }
+
+
+async def test_who_leaves_in_the_middle_of_a_stream_gives_its_task_up(
+    agent: Agent, server: FakeModelServer
+) -> None:
+    server.gate.clear()
+    server.parts = [part("One")]
+    data = form(("model", "whisper"), ("stream", "true"))
+    async with agent.session.post(agent.serving(TRANSCRIPTIONS), data=data) as answer:
+        await answer.content.readuntil(b"\n\n")
+        answer.close()
+    await asyncio.wait_for(server.abandoned.wait(), timeout=20)
 
 
 async def test_translations_do_not_stream(agent: Agent) -> None:

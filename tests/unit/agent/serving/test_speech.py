@@ -3,9 +3,10 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+import aiohttp
 import pytest
-from vram_agent.backend import TaskKind, TaskResult, Tensor
-from vram_agent.errors import DrainingError
+from vram_agent.backend import TaskKind, TaskPart, TaskResult, Tensor
+from vram_agent.errors import DrainingError, WorkerDiedError
 
 from tests.support.server import FakeModelServer, speaking_view, speech_view
 from tests.unit.agent.serving.conftest import Agent, StartAgent
@@ -143,3 +144,78 @@ async def test_errors_of_the_supervisor_come_before_a_byte_of_audio(
 async def test_a_body_that_is_larger_than_any_speech_request_is_refused(agent: Agent) -> None:
     status, error = await refused(agent, input="a" * 300_000)
     assert (status, error["code"]) == (413, "request_too_large")
+
+
+def part(count: int = 4, rate_hertz: int = 24_000) -> TaskPart:
+    samples = (struct.pack("<4f", 0, 0.5, -0.5, 1) * (count // 4 + 1))[: 4 * count]
+    audio = Tensor(name="audio", datatype="FP32", shape=(count,), data=samples)
+    return TaskPart(values={"rate": rate_hertz}, tensors=(audio,))
+
+
+@pytest.mark.parametrize(
+    ("response_format", "rate_hertz", "begin"),
+    [
+        pytest.param("pcm", 24_000, PCM, id="pcm of a model that speaks at its rate"),
+        pytest.param("pcm", 16_000, b"", id="pcm that is resampled"),
+        pytest.param("wav", 16_000, b"RIFF", id="wav"),
+        pytest.param("mp3", 16_000, b"", id="mp3"),
+        pytest.param("opus", 16_000, b"OggS", id="opus"),
+    ],
+)
+async def test_speech_begins_to_sound_before_its_task_has_ended(
+    agent: Agent, server: FakeModelServer, response_format: str, rate_hertz: int, begin: bytes
+) -> None:
+    server.gate.clear()
+    server.parts = [part(4 * rate_hertz, rate_hertz)] * 2
+    server.result = TaskResult(values={"rate": rate_hertz})
+    body = {**QUESTION, "response_format": response_format}
+    async with agent.session.post(agent.serving(SPEECH), json=body) as answer:
+        first = await answer.content.readexactly(max(len(begin), 100))
+        assert not server.gate.is_set()  # the task still runs
+        assert answer.headers["Transfer-Encoding"] == "chunked"
+        assert first.startswith(begin)
+        server.gate.set()
+        rest = await answer.content.read()
+    if response_format == "wav":
+        assert len(first + rest) == 44 + 2 * 8 * rate_hertz
+    elif response_format == "pcm":
+        assert len(first + rest) == pytest.approx(2 * 8 * 24_000, rel=0.01)
+    else:
+        assert len(rest) > 1000
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        pytest.param(WorkerDiedError("it died"), [part()], id="the process died"),
+        pytest.param(None, [part(), part(4, 8_000)], id="the rate changed midway"),
+    ],
+)
+@pytest.mark.parametrize("response_format", ["wav", "mp3"])
+async def test_speech_that_fails_midway_is_no_whole_body(
+    agent: Agent,
+    server: FakeModelServer,
+    error: Exception | None,
+    parts: list[TaskPart],
+    response_format: str,
+) -> None:
+    server.error = error
+    server.parts = parts
+    server.result = TaskResult()
+    body = {**QUESTION, "response_format": response_format}
+
+    async def speak() -> None:
+        async with agent.session.post(agent.serving(SPEECH), json=body) as answer:
+            answer.raise_for_status()
+            await answer.read()
+
+    with pytest.raises(aiohttp.ClientError):
+        await speak()
+
+
+async def test_a_first_part_that_is_no_audio_is_an_error_with_a_status(
+    agent: Agent, server: FakeModelServer
+) -> None:
+    server.parts = [TaskPart(values={"rate": 24_000})]
+    status, error = await refused(agent)
+    assert (status, error["code"]) == (500, "task_failed")

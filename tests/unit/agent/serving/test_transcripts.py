@@ -124,3 +124,23 @@ def test_deltas_put_together_are_the_text(
     )
     assert [event["delta"] for event in events[:-1]] == deltas
     assert events[-1] == {"type": "transcript.text.done", "text": text}
+
+
+@pytest.mark.parametrize(
+    ("parts", "text", "deltas"),
+    [
+        pytest.param([" a", " b "], "a b c", ["a", " b", " c"], id="the result goes on"),
+        pytest.param(["a", "\n ", "b\n"], "a\n b", ["a", "\n b"], id="blanks wait for words"),
+        pytest.param(["", " "], "a", ["a"], id="parts without words"),
+        pytest.param(["a "], "a", ["a"], id="nothing is left"),
+        pytest.param(["a b"], "A, b", ["a b"], id="the result has other words"),
+    ],
+)
+def test_the_deltas_of_parts_are_the_text_without_the_blanks_around_it(
+    parts: list[str], text: str, deltas: list[str]
+) -> None:
+    stream = transcripts.Deltas()
+    events = [event for part in parts for event in stream.of_part(part)]
+    events += stream.of_result({"text": text})
+    assert [event["delta"] for event in events[:-1]] == deltas
+    assert events[-1] == {"type": "transcript.text.done", "text": text}

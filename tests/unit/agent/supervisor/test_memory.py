@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from structlog.testing import capture_logs
 from vram_agent.backend import Scrubbed
 from vram_agent.errors import ModelFailedError, NoVramError
 from vram_agent.protocol import (
@@ -633,3 +634,22 @@ async def test_the_report_accounts_for_models_and_residual(make_rig: MakeRig) ->
     assert model.last_transition is not None
     assert (model.tier, model.last_transition.kind) == ("VRAM", "restore")
     assert rig.supervisor.report().sequence == report.sequence + 1
+
+
+async def test_each_transition_is_one_line_with_its_reason_bytes_and_seconds(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(spec("a", residency=LET_GO))
+    rig.backend.script.seconds = {"load": 2.0, "restore": 0.5, "offload": 0.25}
+    with capture_logs() as logs:
+        await rig.ask("a")
+        await asyncio.sleep(1)  # on the loop's own clock, which does not wait
+    lines = [entry for entry in logs if entry["event"] == "transition"]
+    assert [(line["model"], line["from"], line["to"]) for line in lines] == [
+        ("a", "Absent/Disk", "Offloaded/Host"),
+        ("a", "Offloaded/Host", "Resident/VRAM"),
+        ("a", "Resident/VRAM", "Offloaded/PinnedHost"),
+    ]
+    assert [line["seconds"] for line in lines] == [2.0, 0.5, 0.25]
+    assert {line["bytes"] for line in lines} == {GIB}
+    assert all(line["reason"] for line in lines)

@@ -93,6 +93,21 @@ def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
 
 
 @pytest.fixture(scope="session")
+def helm4(tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    return Helm(_available(lambda: build.program("helm4")), tmp_path_factory.mktemp("helm4"))
+
+
+@pytest.fixture(scope="session")
+def promtool() -> Path:
+    return _available(lambda: build.program("promtool"))
+
+
+@pytest.fixture(scope="session")
+def untt() -> Path:
+    return _available(lambda: build.program("untt"))
+
+
+@pytest.fixture(scope="session")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]:
     directory = tmp_path_factory.mktemp("control-plane")
     with _available(lambda: cluster.up("control-plane", directory)) as running:

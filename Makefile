@@ -61,6 +61,7 @@ cluster-down: setup ## take the local Kubernetes away
 generate: setup ## write the CRDs, the reference of the runtimes, what is made from the code
 	$(BIN)/python -m vram_operator.crds
 	$(BIN)/python -m vram_agent.runtimes.reference
+	$(BIN)/python -m tests.chart.kustomize
 
 bench: setup ## measure; writes bench/results/
 	$(BIN)/python -m bench

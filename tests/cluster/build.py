@@ -23,7 +23,6 @@ from .processes import tail
 HERE = Path(__file__).parent
 KUBERNETES_VERSION = "v1.34.4"
 HELM_VERSION = "v3.22.0"
-HELM_4_VERSION = "v4.3.1"
 PROMETHEUS_VERSION = "v0.316.0"  # the Go module of release 3.16
 # Prometheus' go.mod asks for 1.26.7, helm's for 1.26, Kubernetes' for 1.24.
 MINIMUM_GO = (1, 26, 7)
@@ -41,10 +40,7 @@ COMPONENTS = (
 
 @dataclass(frozen=True)
 class Program:
-    """A Go main package, of the module in the folder of this name if there is one, and its flags.
-
-    ``package`` is empty for that module's own, and needs a version where there is no folder.
-    """
+    """A Go main package and how to link it. ``package`` is empty for a module in this folder."""
 
     name: str
     package: str = ""
@@ -52,22 +48,9 @@ class Program:
     links: Sequence[str] = field(default=())
     tags: str = ""
 
-    @property
-    def module(self) -> Path | None:
-        """The folder of its go.mod; None where ``go install`` needs none."""
-        folder = HERE / self.name
-        return folder if folder.is_dir() else None
-
-    @property
-    def binary(self) -> str:
-        """The name that its file gets."""
-        if self.module is not None:
-            return self.name
-        return self.package.partition("@")[0].rpartition("/")[2]
-
     def sources(self) -> list[Path]:
         """The files that decide what is built."""
-        return [] if self.module is None else sorted(self.module.iterdir())
+        return [] if self.package else sorted((HERE / self.name).iterdir())
 
 
 def _kubernetes_flags() -> list[str]:
@@ -105,13 +88,6 @@ PROGRAMS: Mapping[str, Program] = {
         ),
         Program("promtool", package=_prometheus("promtool"), tags=_NO_DISCOVERY),
         Program("prometheus", package=_prometheus("prometheus"), tags=_NO_DISCOVERY),
-        Program(
-            "helm4",
-            package=f"helm.sh/helm/v4/cmd/helm@{HELM_4_VERSION}",
-            ldflags=[f"-X helm.sh/helm/v4/internal/version.version={HELM_4_VERSION}"],
-        ),
-        # A module here, for a replacement in its go.mod and to share helm's dependencies.
-        Program("untt", package="github.com/helm-unittest/helm-unittest/cmd/helm-unittest"),
     )
 }
 
@@ -135,7 +111,7 @@ def component(name: str) -> Path:
 
 def program(name: str) -> Path:
     """Return the path of a program of `PROGRAMS`."""
-    return ensure_program(name) / PROGRAMS[name].binary
+    return ensure_program(name) / name
 
 
 def helm() -> Path:
@@ -148,12 +124,11 @@ def _build(program: Program, ldflags: str, folder: Path) -> None:
     target = folder / program.name
     arguments = ["-trimpath", "-ldflags", ldflags, "-tags", program.tags]
     environment = {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off"}
-    if program.module is None:
+    if program.package:
         command = [str(go), "install", *arguments, program.package]
         environment["GOBIN"] = str(folder)
     else:
-        command = [str(go), "build", "-mod=readonly", *arguments, "-o", str(target)]
-        command.append(program.package or ".")
+        command = [str(go), "build", "-mod=readonly", *arguments, "-o", str(target), "."]
     print(f"cluster: building {program.name}; this happens once", file=sys.stderr)
     started = time.monotonic()
     log = cache_dir() / "logs" / f"build-{program.name}.log"
@@ -161,7 +136,7 @@ def _build(program: Program, ldflags: str, folder: Path) -> None:
     with log.open("wb") as output:
         done = subprocess.run(
             command,
-            cwd=program.module or folder,
+            cwd=folder if program.package else HERE / program.name,
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import subprocess
 import tempfile
 from pathlib import Path
@@ -23,11 +24,12 @@ from tests.integration.operator.monitored import Monitored, monitored_workload, 
 from tests.integration.operator.real_agents import real_agents
 from tests.integration.operator.world import NAME
 from tests.support.dashboards import FOLDER, Dashboard, Query, dashboards
-from tests.support.prometheus import Prometheus, Series
+from tests.support.prometheus import Points, Prometheus, Series
 
 IMAGES = Path(__file__).parents[1] / "docs/images"
 COLUMNS = 3
 MOST_LINES = 8
+LONGEST_STEP_SECONDS = 1.5
 MIB = 1024**2
 
 
@@ -72,6 +74,7 @@ async def draw_dashboard(
         axis.axis("off")
     for axis, (panel, lines) in zip(axes.flat, graphs, strict=False):
         draw_panel(axis, panel, lines, span[0])
+        axis.set_xlim(0, span[1] - span[0])
     figure.suptitle(dashboard.body["title"], x=0.01, ha="left", fontweight="bold")
     figure.tight_layout()
     IMAGES.mkdir(exist_ok=True)
@@ -93,11 +96,23 @@ def draw_panel(
         draw_states(axis, panel, lines, began)
         return
     for query, line in sorted(lines, key=lambda one: -one[1].points[-1][1])[:MOST_LINES]:
-        at = [moment - began for moment, _ in line.points]
-        value = [point / scale for _, point in line.points]
-        axis.plot(at, value, label=legend(query, line), linewidth=1.2)
+        at, value = unjoined([(moment - began, point / scale) for moment, point in line.points])
+        axis.plot(at, value, ".-", label=legend(query, line), linewidth=1.2, markersize=2)
     axis.set_ylim(bottom=0, top=1.15 * axis.dataLim.y1 or 1)
     axis.legend(fontsize=6, loc="best", framealpha=0.6)
+
+
+def unjoined(points: Points) -> tuple[list[float], list[float]]:
+    """Seconds and values, with a gap where there was no sample."""
+    at: list[float] = []
+    values: list[float] = []
+    for moment, value in points:
+        if at and moment - at[-1] > LONGEST_STEP_SECONDS:
+            at.append(moment)
+            values.append(math.nan)
+        at.append(moment)
+        values.append(value)
+    return at, values
 
 
 def draw_states(
@@ -116,8 +131,8 @@ def draw_states(
         at, rows = [one[0] for one in points], [one[1] for one in points]
         axis.scatter(at, rows, c=colour, marker="s", s=12, label=shown["text"])
     axis.set_yticks(range(len(lines)), [legend(*one) for one in lines])
-    axis.set_ylim(-0.8, len(lines) + 0.6)
-    axis.legend(fontsize=6, loc="upper right", ncols=len(names), framealpha=0.6)
+    axis.set_ylim(-0.8, len(lines) + 1)
+    axis.legend(fontsize=6, loc="upper right", ncols=4, framealpha=0.6)
 
 
 def legend(query: Query, line: Series) -> str:

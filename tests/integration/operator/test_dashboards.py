@@ -108,7 +108,11 @@ async def _the_figures_are_those_of_the_story(watched: Watched) -> None:
         return next(dashboard.queries(panel, values)).expression
 
     saved = "VRAM saved against keeping everything loaded, by workload"
-    assert await watched.most(expression(fleet, saved)) >= 2 * 600 * MIB
+    points = [
+        value for line in await watched.ask(expression(fleet, saved)) for _, value in line.points
+    ]
+    # Both that declare a size are out of VRAM, and one of them is in it.
+    assert max(points) >= 2 * 600 * MIB > min(points) >= 600 * MIB
     assert await watched.most(expression(fleet, "Bytes reclaimed")) >= LEAK_MEBIBYTES * MIB * 0.9
     blocked = await watched.ask(expression(fleet, "Restarts that are blocked, and why"))
     assert "Suspended" in {line.labels["reason"] for line in blocked}

@@ -66,6 +66,7 @@ generate: setup ## write the CRDs, the reference of the runtimes, what is made f
 	$(BIN)/python -m vram_operator.crds
 	$(BIN)/python -m vram_agent.runtimes.reference
 	$(BIN)/python -m handbook
+	$(BIN)/python -m tests.chart.kustomize
 
 docs: setup ## the documentation site, in site/; a link that leads nowhere is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

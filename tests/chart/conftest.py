@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests import cluster
-from tests.cluster import build
+from tests.cluster import build, prerequisites
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts/vram-operator"
@@ -90,6 +90,16 @@ def _available(make: Callable[[], T]) -> T:
 @pytest.fixture(scope="session")
 def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
     return Helm(_available(build.helm), tmp_path_factory.mktemp("helm"))
+
+
+@pytest.fixture(scope="session")
+def promtool() -> Path:
+    return _available(lambda: build.program("promtool"))
+
+
+@pytest.fixture(scope="session")
+def lua_interpreter() -> None:
+    _available(lambda: prerequisites.ensure_programs({"lua5.4": "lua5.4"}))
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,21 @@ NAME = re.compile(r"\bvram_(?:operator|agent)_[a-z_]+")
 AGENT_METRICS = {
     "vram_agent_model_bytes",
     "vram_agent_memory_class_bytes",
+    "vram_agent_model_needed_bytes",
     "vram_agent_model_state",
+    "vram_agent_device_dirty",
+    "vram_agent_host_available_bytes",
+    "vram_agent_host_limit_bytes",
     "vram_agent_transition_seconds_bucket",
     "vram_agent_queue_depth",
     "vram_agent_request_seconds_bucket",
     "vram_agent_evictions_total",
+    "vram_agent_device_used_bytes",
+    "vram_agent_device_total_bytes",
+    "vram_agent_transitions_total",
+    "vram_agent_worker_restarts_total",
+    "vram_agent_queue_seconds_bucket",
+    "vram_agent_requests_total",
 }
 ALERTS = yaml.safe_load((CHART / "files/alerts/vram-operator.yaml").read_text())
 RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
@@ -43,7 +53,7 @@ def expressions() -> Iterator[tuple[str, str]]:
         yield rule["alert"], rule["expr"]
     for path in DASHBOARDS:
         for panel in json.loads(path.read_text())["panels"]:
-            for target in panel["targets"]:
+            for target in panel.get("targets", []):
                 yield f"{path.stem}: {panel['title']}", target["expr"]
 
 

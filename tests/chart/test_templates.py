@@ -203,7 +203,9 @@ def test_monitoring_selects_the_operator_and_every_agent(helm: Helm) -> None:
     assert operator["selector"]["matchLabels"].items() <= labels.items()
     agents = only(objects, "PodMonitor", "vram-operator-agents")["spec"]
     assert agents["namespaceSelector"] == {"any": True}
-    assert agents["podMetricsEndpoints"] == [{"port": "control", "path": "/metrics"}]
+    (endpoint,) = agents["podMetricsEndpoints"]
+    assert (endpoint["port"], endpoint["path"]) == ("control", "/metrics")
+    assert [one["targetLabel"] for one in endpoint["relabelings"]] == ["workload"]
     narrowed = helm.template({**EVERYTHING, "namespaces": ["a"]})
     agents = only(narrowed, "PodMonitor", "vram-operator-agents")["spec"]
     assert agents["namespaceSelector"] == {"matchNames": ["a"]}

@@ -19,7 +19,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from vram_agent.protocol import ModelReport, ModelState, Report, Tier
+from vram_agent.protocol import MemoryReport, ModelReport, ModelState, Report, Tier
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 UNKNOWN_MODEL = ""  # no config has a model of that name, so it cannot be mistaken for one
@@ -186,7 +186,26 @@ def gauges_of(report: Report) -> Iterator[Metric]:
         ("class",),
         [((label,), getattr(memory.classes, name)) for label, name in _MEMORY_CLASSES.items()],
     )
+    yield from _host_gauges(report.memory)
     yield from _model_gauges(report.models)
+
+
+def _host_gauges(memory: MemoryReport) -> Iterator[Metric]:
+    """Nothing without a limit: there is no share of it to speak of."""
+    if memory.host_limit_bytes is None or memory.host_available_bytes is None:
+        return
+    yield _family(
+        "host_limit_bytes",
+        "Memory limit of the container.",
+        (),
+        [((), memory.host_limit_bytes)],
+    )
+    yield _family(
+        "host_available_bytes",
+        "What the container may still take, page cache of files included.",
+        (),
+        [((), memory.host_available_bytes)],
+    )
 
 
 def _model_gauges(models: list[ModelReport]) -> Iterator[Metric]:
@@ -195,6 +214,12 @@ def _model_gauges(models: list[ModelReport]) -> Iterator[Metric]:
         "Bytes of a model's weights, by where they are.",
         ("model", "tier"),
         [row for model in models for row in _bytes_by_tier(model)],
+    )
+    yield _family(
+        "model_needed_bytes",
+        "What the model is expected to hold in VRAM, declared or measured; 0 if not known yet.",
+        ("model",),
+        [((model.name,), model.needed_bytes) for model in models],
     )
     yield _family(
         "model_state",

@@ -50,7 +50,7 @@ from vram_operator.kube import (
     Resource,
 )
 from vram_operator.live import Live, StaleError
-from vram_operator.metrics import Metrics
+from vram_operator.metrics import NO_METHOD, Metrics
 from vram_operator.pod_actions import PodActions
 from vram_operator.pods import read_restart, read_workload_status
 from vram_operator.refusal import orphaned_status, refused_status
@@ -193,7 +193,7 @@ class Applier:
     def _count(self, restart: Object, action: PatchRestartStatus) -> None:
         status, spec = action.status, restart["spec"]
         tried = [str(attempt.method) for attempt in status.attempts]
-        method = tried[-1] if tried else "None"
+        method = tried[-1] if tried else NO_METHOD
         self._metrics.count_restart(
             (str(spec.get("trigger", "Manual")), method, str(action.finished)), status
         )

@@ -60,6 +60,11 @@ class Gauges:
                 degraded=_status(raw, WorkloadCondition.DEGRADED) == ConditionStatus.TRUE,
                 used_bytes=sum(report.memory.used_bytes for report in reports),
                 residual_bytes=sum(report.memory.residual_bytes for report in reports),
+                is_idle=all(report.idle for report in reports) if reports else None,
+                conditions={
+                    str(type_): _status(raw, type_) == ConditionStatus.TRUE
+                    for type_ in WorkloadCondition
+                },
                 agent_states=tuple(
                     str(agent_state(pod, agent, self._silent, now))
                     for pod, agent in agents

@@ -8,9 +8,10 @@ someone scrapes, so that they cannot go stale. Names are in the project's contra
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import product
 
 from prometheus_client import (
     CollectorRegistry,
@@ -26,11 +27,13 @@ from prometheus_client.registry import Collector
 from vram_agent.protocol import parse_quantity
 
 from vram_operator import __version__
-from vram_operator.api import RestartStatus
+from vram_operator.api import RestartMethod, RestartOutcome, RestartStatus, RestartTrigger
 from vram_operator.core.reporting import AgentState
 from vram_operator.kube import Traffic
 
 PREFIX = "vram_operator_"
+NO_METHOD = "None"
+"""Of a restart that ended before its first step."""
 _SHORT_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _LONG_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
 
@@ -57,6 +60,10 @@ class WorkloadGauge:
     degraded: bool
     used_bytes: int
     residual_bytes: int
+    is_idle: bool | None
+    """None while no agent is heard."""
+    conditions: Mapping[str, bool]
+    """Which condition types are True."""
     agent_states: tuple[str, ...]
     trend: TrendGauge
 
@@ -82,7 +89,7 @@ class _StateCollector(Collector):
             "Device memory of the workload's pods that no resident model accounts for.",
             labels=["namespace", "workload"],
         )
-        trends, degraded = _Trends(), 0
+        trends, states_of, degraded = _Trends(), _States(), 0
         ready: Tally[str] = Tally({"True": 0, "False": 0, "Unknown": 0})
         states: Tally[str] = Tally(dict.fromkeys(map(str, AgentState), 0))
         for workload in self.workloads():
@@ -90,10 +97,12 @@ class _StateCollector(Collector):
             degraded += workload.degraded
             states.update(workload.agent_states)
             trends.add(workload)
+            states_of.add(workload)
             used.add_metric([workload.namespace, workload.name], workload.used_bytes)
             residual.add_metric([workload.namespace, workload.name], workload.residual_bytes)
         yield used
         yield residual
+        yield from states_of.families
         yield from trends.families
         yield _tally("workloads", "Workloads by their condition Ready.", "ready", ready)
         yield GaugeMetricFamily(
@@ -108,6 +117,33 @@ class _StateCollector(Collector):
             "reason",
             Tally(self.blocked()),
         )
+
+
+class _States:
+    """The gauges of what holds for each workload."""
+
+    def __init__(self) -> None:
+        self._conditions = GaugeMetricFamily(
+            f"{PREFIX}workload_condition",
+            "1 where the condition of the workload is True, 0 where it is not.",
+            labels=["namespace", "workload", "type"],
+        )
+        self._idle = GaugeMetricFamily(
+            f"{PREFIX}workload_idle",
+            "1 while no request waits or runs and no model moves, as its agents say.",
+            labels=["namespace", "workload"],
+        )
+
+    def add(self, workload: WorkloadGauge) -> None:
+        labels = [workload.namespace, workload.name]
+        for type_, holds in workload.conditions.items():
+            self._conditions.add_metric([*labels, type_], holds)
+        if workload.is_idle is not None:
+            self._idle.add_metric(labels, workload.is_idle)
+
+    @property
+    def families(self) -> tuple[GaugeMetricFamily, ...]:
+        return self._conditions, self._idle
 
 
 class _Trends:
@@ -164,6 +200,10 @@ class Metrics:
         self.restarts = self._counter(
             "restarts_total", "Restarts that ended.", "trigger", "method", "outcome"
         )
+        # Prometheus sees no increase in a series that begins with its first restart.
+        methods = [*(set(RestartMethod) - {RestartMethod.AUTO}), NO_METHOD]
+        for labels in product(RestartTrigger, methods, RestartOutcome):
+            self.restarts.labels(*labels)
         self.restart_seconds = self._histogram(
             "restart_seconds", "From the first action to the end.", _LONG_SECONDS, "method"
         )

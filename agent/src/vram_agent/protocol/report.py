@@ -85,7 +85,11 @@ class ScrubReport(_Wire, frozen=True, kw_only=True):
 
 
 class MemoryReport(_Wire, frozen=True, kw_only=True):
-    """Device memory that the pod holds, and what of it is no resident model."""
+    """Device memory that the pod holds, and what of it is no resident model.
+
+    ``host_limit_bytes`` is the container's memory limit, ``host_available_bytes`` what may still be
+    taken of it, page cache included; both are null without a limit.
+    """
 
     source: ResidualSource
     used_bytes: int
@@ -94,6 +98,8 @@ class MemoryReport(_Wire, frozen=True, kw_only=True):
     host_bytes: int
     classes: MemoryClasses
     last_scrub: ScrubReport | None = None
+    host_limit_bytes: int | None = None
+    host_available_bytes: int | None = None
 
 
 class Transition(_Wire, frozen=True, kw_only=True):
@@ -114,7 +120,10 @@ class LoadProgress(_Wire, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ModelReport(_Wire, frozen=True, kw_only=True):
-    """One model as the supervisor knows it; ``progress`` while it is Loading or Restoring."""
+    """One model as the supervisor knows it; ``progress`` while it is Loading or Restoring.
+
+    ``needed_bytes``: what it is expected to hold in VRAM, declared or measured; 0 if not known yet.
+    """
 
     name: str
     runtime: Runtime
@@ -128,6 +137,7 @@ class ModelReport(_Wire, frozen=True, kw_only=True):
     last_transition: Transition | None = None
     error: str | None = None
     progress: LoadProgress | None = None
+    needed_bytes: int = 0
 
 
 class ActionReport(_Wire, frozen=True, kw_only=True):

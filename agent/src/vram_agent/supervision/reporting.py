@@ -29,7 +29,7 @@ from vram_agent.protocol import (
 )
 from vram_agent.serving.base import ModelView
 from vram_agent.supervision.fleet import Fleet, ModelCell
-from vram_agent.supervision.gathering import dirty_above_bytes, dirty_policy
+from vram_agent.supervision.gathering import dirty_above_bytes, dirty_policy, needed_bytes
 from vram_agent.supervision.ports import Surroundings, format_time
 
 _log = structlog.get_logger("vram_agent.device")
@@ -107,8 +107,18 @@ class Reporter:
             observed_at=format_time(self._surroundings.clock.now()),
             config_generation=self._fleet.config.metadata.generation,
             devices=devices,
-            memory=msgspec.structs.replace(self._memory(devices), last_scrub=self._last_scrub),
-            models=[model_report(cell) for cell in self._fleet.listed()],
+            memory=msgspec.structs.replace(
+                self._memory(devices),
+                last_scrub=self._last_scrub,
+                host_limit_bytes=self._surroundings.host.limit_bytes(),
+                host_available_bytes=self._surroundings.host.available_bytes(),
+            ),
+            models=[
+                msgspec.structs.replace(
+                    model_report(cell), needed_bytes=needed_bytes(self._fleet, cell)
+                )
+                for cell in self._fleet.listed()
+            ],
             idle=self._idle_since is not None,
             idle_since=self._idle_since,
             draining=is_draining,

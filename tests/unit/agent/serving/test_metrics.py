@@ -33,6 +33,9 @@ def test_gauges_are_read_from_one_report() -> None:
         'vram_agent_model_bytes{model="whisper",tier="PinnedHost"}': 1_000,
         'vram_agent_model_bytes{model="whisper",tier="VRAM"}': 0,
         'vram_agent_queue_depth{model="adder"}': 3,
+        'vram_agent_model_needed_bytes{model="adder"}': 2_500,
+        "vram_agent_host_limit_bytes": 64_000,
+        "vram_agent_host_available_bytes": 48_000,
     }
     assert {name: found.get(name) for name in expected} == expected
 
@@ -93,6 +96,9 @@ CONTRACT = {
     "build_info": {"version"},
     "device_baseline_bytes": {"gpu_uuid"},
     "device_dirty": {"gpu_uuid"},
+    "model_needed_bytes": {"model"},
+    "host_limit_bytes": set(),
+    "host_available_bytes": set(),
     "scrub_reclaimed_bytes_total": set(),
 }
 """What dashboards and alerts rest on; histograms by their buckets."""

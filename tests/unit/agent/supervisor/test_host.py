@@ -51,6 +51,17 @@ async def test_near_the_containers_limit_models_leave_by_priority_and_use_until_
     assert await rig.ask("low")
 
 
+async def test_the_report_says_what_is_left_of_the_limit_and_what_a_model_needs(
+    make_rig: MakeRig,
+) -> None:
+    make_rig.host = ScriptedMemory(limit=100 * GIB, used=30 * GIB)
+    rig = make_rig(spec("a", residency=HOST, vram="3Gi"))
+    report = rig.supervisor.report()
+    assert report.memory.host_limit_bytes == 100 * GIB
+    assert report.memory.host_available_bytes == 70 * GIB
+    assert [model.needed_bytes for model in report.models] == [3 * GIB]
+
+
 async def test_without_a_limit_nothing_is_looked_at_and_nothing_leaves(make_rig: MakeRig) -> None:
     rig = make_rig(spec("a", residency=HOST))
     await rig.ask("a")

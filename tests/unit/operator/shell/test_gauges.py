@@ -104,6 +104,29 @@ def test_a_degraded_workload_is_counted(cache: Cache) -> None:
     assert 'vram_operator_workloads{ready="False"} 1.0' in lines
 
 
+def test_conditions_and_idleness_are_shown_of_each_workload(cache: Cache) -> None:
+    conditions = [{"type": "VRAMHigh", "status": "True"}, {"type": "Ready", "status": "Unknown"}]
+    workload = {"name": "speech", "namespace": "lab", "uid": "w", "resourceVersion": "2"}
+    cache.observe(
+        WORKLOADS, {"metadata": workload, "spec": {}, "status": {"conditions": conditions}}
+    )
+    facts = Facts()
+    for name in ("first", "second"):
+        cache.observe(PODS, raw_pod(name))
+        facts.record_report(
+            f"uid-{name}", make_report(make_pod(name), idle=name == "first"), NOW, 600
+        )
+    metrics, gauges = Metrics(), Gauges(cache, facts, StoppedClock(), 10.0)
+    gauges.is_active = lambda: True
+    metrics.state.workloads = gauges.workloads
+    of = 'namespace="lab"'
+    shown = metrics.exposition().decode().splitlines()
+    for type_, value in {"VRAMHigh": 1.0, "Ready": 0.0, "Degraded": 0.0}.items():
+        labels = f'{of},type="{type_}",workload="speech"'
+        assert f"vram_operator_workload_condition{{{labels}}} {value}" in shown
+    assert f'vram_operator_workload_idle{{{of},workload="speech"}} 0.0' in shown
+
+
 def exposed(cache: Cache, facts: Facts) -> dict[str, float]:
     """What a scrape shows of where residuals lead, by the rest of the metric's name."""
     metrics = Metrics()

@@ -1,6 +1,7 @@
 """Run every benchmark that this machine can, or those that are named.
 
 python -m bench [agent] [engine] [soak] [--device cpu|cuda] [--sizes 1,8,40] [--cycles N]
+python -m bench faults [--runs N]
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from vram_agent.devices.cuda import CudaDevice, NoCudaDeviceError
 from vram_agent.protocol import DevicePreference
 
 NAMES = ("agent", "engine", "soak")
+ON_A_CLUSTER = "faults"
+"""Counts and not figures of speed, on a control plane: only where it is named."""
 AGENT_NEEDS = ("requests", "aiohttp", "torch", "whisper")
 
 
@@ -49,14 +52,23 @@ def run(name: str, options: argparse.Namespace) -> None:
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m bench")
-    parser.add_argument("names", nargs="*", metavar="|".join(NAMES), help="default: all of them")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="|".join((*NAMES, ON_A_CLUSTER)),
+        help=f"default: all but {ON_A_CLUSTER}",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="", help="default: both")
     parser.add_argument("--sizes", default="", help="GiB, such as 1,8,40; default: what fits")
     parser.add_argument("--cycles", type=int, default=2000, help="of the soak")
+    parser.add_argument("--runs", type=int, default=20, help="of each fault")
     options = parser.parse_args()
     for name in options.names or NAMES:
+        if name == ON_A_CLUSTER:
+            importlib.import_module("bench.faults").main(options.runs)
+            continue
         if name not in NAMES:
-            parser.error(f"no benchmark {name!r}; there are {', '.join(NAMES)}")
+            parser.error(f"no benchmark {name!r}; there are {', '.join((*NAMES, ON_A_CLUSTER))}")
         run(name, options)
 
 

@@ -7,7 +7,7 @@ import json
 import secrets
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import aiohttp
@@ -26,6 +26,13 @@ NODE = "operator-tests"
 @pytest.fixture(scope="session")
 def server(control_plane: Cluster) -> Iterator[str]:
     """The control plane with the CRDs and a node, behind ``kubectl proxy``."""
+    with prepared(control_plane) as url:
+        yield url
+
+
+@contextmanager
+def prepared(control_plane: Cluster) -> Iterator[str]:
+    """Install the CRDs and a node; gives the URL of a ``kubectl proxy`` that ends with it."""
     control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRDS))
     control_plane.kubectl(
         "wait",

@@ -1,8 +1,8 @@
 """Many runs of each fault between operator and apiserver, and many failovers: lost and double.
 
-Nothing here fails by a figure: `docs/reliability.md` says what was seen. The apiserver is a real
-one, the operators are processes; the agents are protocol-true and count what they carry out. A run that
-did not come to its end is written down as such.
+Nothing here fails by a figure. The apiserver is a real one, the operators are processes; the agents
+are protocol-true and count what they carry out. A run that did not come to its end is written down
+as such.
 """
 
 from __future__ import annotations

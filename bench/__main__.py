@@ -1,7 +1,7 @@
 """Run every benchmark that this machine can, or those that are named.
 
-python -m bench [agent] [engine] [overhead] [flat] [drain] [soak] [storm] [downtime] [trend]
-    [--device cpu|cuda] [--sizes 1,8,40] [--cycles N] [--requests N] [--runs N]
+python -m bench [agent] [engine] [overhead] [flat] [drain] [soak] [storm] [downtime]
+    [trend] [faults] [--device cpu|cuda] [--sizes 1,8,40] [--cycles N] [--requests N] [--runs N]
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "storm": ("vram_operator", "numpy"),
     "downtime": ("vram_operator",),
     "trend": ("vram_operator", "numpy"),
+    "faults": ("vram_operator",),
 }
 NAMES = tuple(NEEDS)
 WHOLE = ("agent", "overhead", "storm", "trend")
 """Benchmarks of whole programs, on the CPU device."""
-COUNTED = {"flat": "requests", "drain": "runs", "downtime": "runs"}
+COUNTED = {"flat": "requests", "drain": "runs", "downtime": "runs", "faults": "runs"}
 """The same, with how often as a number."""
 
 
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="", help="GiB, such as 1,8,40; default: what fits")
     parser.add_argument("--cycles", type=int, default=2000, help="of the soak")
     parser.add_argument("--requests", type=int, default=100_000, help="of flat")
-    parser.add_argument("--runs", type=int, default=20, help="of drain, of each way of downtime")
+    parser.add_argument("--runs", type=int, default=20, help="of drain, downtime and faults")
     options = parser.parse_args()
     for name in options.names or NAMES:
         if name not in NAMES:

@@ -157,6 +157,8 @@ def _workload() -> WorkloadGauge:
         degraded=False,
         used_bytes=0,
         residual_bytes=0,
+        is_idle=True,
+        conditions={"Ready": True},
         agent_states=(),
         trend=TrendGauge(0.0, _MOMENT, _MOMENT),
     )

@@ -7,6 +7,7 @@ when this replica leads, and cancelled when it does not any more.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import aiohttp
@@ -48,6 +49,8 @@ class Surroundings:
     metrics: Metrics
     namespace: str
     identity: str
+    ensure_leading: Callable[[], None]
+    """Raises NotLeadingError when this replica may not act any more."""
 
 
 class Acting:
@@ -60,7 +63,7 @@ class Acting:
         self._signer: Signer | None = None
         self.is_synced = False
         """Was everything listed since this replica began to act?"""
-        client = AgentClient(around.to_agents, self._require_signer)
+        client = AgentClient(around.to_agents, self._sign_while_leading)
         self._poller = Poller(
             client,
             self._cache,
@@ -157,6 +160,11 @@ class Acting:
         if self._signer is None:
             raise RuntimeError("no signing key yet: only the replica that leads acts")
         return self._signer
+
+    def _sign_while_leading(self) -> Signer:
+        # No request to the apiserver stands before each call to an agent: the guard is here too.
+        self._around.ensure_leading()
+        return self._require_signer()
 
     def _on_error(self, key: Key, error: Exception) -> None:
         kind = type(error).__name__

@@ -64,7 +64,8 @@ class TokenSource(Protocol):
 class AgentClient:
     """One session to all agents. Cheap calls, safe to run side by side.
 
-    ``signer`` is asked for at each call, since the key is known only once this replica leads.
+    ``signer`` is asked for at each call, since the key is known only once this replica leads; what
+    it raises when it does not lead any more, `call` raises.
     """
 
     def __init__(self, session: aiohttp.ClientSession, signer: Callable[[], TokenSource]) -> None:

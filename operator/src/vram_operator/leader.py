@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from math import inf
 
 import structlog
 
@@ -54,6 +55,7 @@ class Leader:
         self._clock = clock
         self._renewed_at: float | None = None
         self._seen: tuple[str, float] | None = None
+        self._free_at: float | None = None
         self.acquired = asyncio.Event()
         self.suspended = asyncio.Event()
         self.has_answer: bool | None = None
@@ -91,7 +93,25 @@ class Leader:
                 _log.error("not leading any more", lease=self._lease.name)
             if self._is_overtaken:  # 4
                 return
-            await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.sleep(self._pause_seconds())
+
+    def _pause_seconds(self) -> float:
+        """Return when to look again: sooner where our deadline or the other's end comes first.
+
+        So that what is under way here is cut off at the deadline and not a retry later, and that a
+        standby does not sleep beyond the moment at which it may take over.
+        """
+        untils = [RETRY_SECONDS, self._seconds_left()]
+        if self._free_at is not None:
+            untils.append(self._free_at - self._clock.monotonic())
+        return min(seconds for seconds in untils if seconds > 0)
+
+    def _seconds_left(self) -> float:
+        """Return for how long this replica may still act; endless where there is nothing to end."""
+        if self._renewed_at is None:
+            return inf
+        left = self._renewed_at + RENEW_DEADLINE_SECONDS - self._clock.monotonic()
+        return left if left > 0 else inf
 
     async def release(self) -> None:
         """Give the Lease back, so that a standby need not wait for it to run out. May fail."""
@@ -115,7 +135,7 @@ class Leader:
         """Take or renew the Lease. Returns whether it is ours now."""
         started = self._clock.monotonic()
         try:
-            async with asyncio.timeout(RENEW_DEADLINE_SECONDS / 2):
+            async with asyncio.timeout(min(RENEW_DEADLINE_SECONDS / 2, self._seconds_left())):
                 held = await self._take_or_renew(started)
         except (ApiError, ApiUnavailableError, TimeoutError) as error:
             # A conflict means that someone else was faster, anything else that nobody knows.
@@ -169,13 +189,15 @@ class Leader:
 
     def _is_free(self, current: Object, now: float) -> bool:
         spec = current.get("spec") or {}
+        self._free_at = None
         if not spec.get("holderIdentity"):
             return True
         version = str(current["metadata"]["resourceVersion"])
         if self._seen is None or self._seen[0] != version:
             self._seen = (version, now)
         duration = float(spec.get("leaseDurationSeconds") or LEASE_DURATION_SECONDS)
-        return now - self._seen[1] > duration
+        self._free_at = self._seen[1] + duration
+        return now >= self._free_at
 
     def _spec(self, transitions: int, acquired: str | None) -> Object:
         now = format_micro_time(self._clock.now())

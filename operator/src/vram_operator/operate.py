@@ -87,6 +87,7 @@ class Replica:
                 metrics=self._metrics,
                 namespace=self._connection.namespace,
                 identity=identity,
+                ensure_leading=leader.ensure_leading,
             )
         )
         watcher = Watcher(self._connection, self._settings.namespaces, self._sink(acting))

@@ -20,6 +20,7 @@ from vram_operator.core.plan import Knock, PushConfig
 from vram_operator.core.snapshot import PushAnswer
 from vram_operator.facts import REFUSING, Facts
 from vram_operator.pod_actions import PodActions
+from vram_operator.queue import RetryError
 
 _log = structlog.get_logger(__name__)
 
@@ -59,6 +60,9 @@ class SlowCalls:
         uid = action.pod.uid
         try:
             await self._pods.carry_out(key[0], action)
+        except RetryError as error:
+            # It may not act any more, or the pod is another: the plan asks for it again.
+            _log.info("call to an agent not made", pod=action.pod.name, error=str(error))
         except Exception:
             # What the agent answers is no exception; this is ours, and nobody waits for it.
             _log.exception("call to an agent failed", namespace=key[0], pod=action.pod.name)

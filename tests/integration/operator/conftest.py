@@ -26,6 +26,13 @@ NODE = "operator-tests"
 @contextmanager
 def serve_control_plane(control_plane: Cluster) -> Iterator[str]:
     """The control plane with the CRDs and a node, behind ``kubectl proxy``."""
+    with prepared(control_plane) as url:
+        yield url
+
+
+@contextmanager
+def prepared(control_plane: Cluster) -> Iterator[str]:
+    """Install the CRDs and a node; gives the URL of a ``kubectl proxy`` that ends with it."""
     control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRDS))
     control_plane.kubectl(
         "wait",

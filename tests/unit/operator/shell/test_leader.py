@@ -25,15 +25,18 @@ class LoopClock:
 
 
 class Server:
-    """Keeps one Lease as the apiserver does; ``is_dead`` answers nothing."""
+    """Keeps one Lease as the apiserver does; it may be dead or hang."""
 
     def __init__(self) -> None:
         self.lease: dict[str, Any] | None = None
         self.version = 0
         self.is_dead = False
+        self.hangs = False
         self.holders: list[str] = []
 
     async def find(self, path: str) -> dict[str, Any] | None:
+        if self.hangs:
+            await asyncio.Event().wait()
         self._answer()
         return self.lease
 
@@ -115,7 +118,7 @@ async def test_a_dead_leader_is_replaced_once_its_lease_ran_out() -> None:
     await stop(task)
     died = asyncio.get_running_loop().time()
     await second.acquired.wait()
-    assert 11 <= asyncio.get_running_loop().time() - died <= 20
+    assert 11 <= asyncio.get_running_loop().time() - died <= 17
     await stop(waiting)
 
 
@@ -138,6 +141,36 @@ async def test_a_leader_that_is_cut_off_stops_before_anyone_can_follow() -> None
     first.ensure_leading()
     assert server.holders == ["a"]
     await stop(task)
+
+
+async def test_what_is_under_way_is_cut_off_at_the_deadline_when_the_apiserver_hangs() -> None:
+    server = Server()
+    first = leader(server, "a")
+    task = asyncio.create_task(first.run())
+    await first.acquired.wait()
+    renewed = asyncio.get_running_loop().time()
+    server.hangs = True
+    await first.suspended.wait()
+    assert asyncio.get_running_loop().time() - renewed == pytest.approx(10, abs=0.1)
+    assert not first.is_leading
+    await stop(task)
+
+
+@pytest.mark.parametrize("offset", [0.1, 0.7, 1.3, 1.9])
+async def test_a_standby_follows_at_the_moment_that_the_lease_runs_out(offset: float) -> None:
+    server = Server()
+    first, second = leader(server, "a"), leader(server, "b")
+    task = asyncio.create_task(first.run())
+    await first.acquired.wait()
+    await asyncio.sleep(offset)
+    waiting = asyncio.create_task(second.run())
+    await asyncio.sleep(7)
+    await stop(task)
+    await second.acquired.wait()
+    assert second._seen is not None
+    last_change = second._seen[1]
+    assert asyncio.get_running_loop().time() == pytest.approx(last_change + 15, abs=0.01)
+    await stop(waiting)
 
 
 async def test_a_leader_that_was_overtaken_ends() -> None:

@@ -13,9 +13,10 @@ from tests.unit.agent.serving.conftest import Agent, StartAgent
 
 SPEECH = "/v1/audio/speech"
 QUESTION = {"model": "tts", "input": "Hello."}
-SAMPLES = struct.pack("<4f", 0, 0.5, -0.5, 1)
-AUDIO = Tensor(name="audio", datatype="FP32", shape=(4,), data=SAMPLES)
-PCM = struct.pack("<4h", 0, 16_384, -16_384, 32_767)
+TIMES = 16  # ffmpeg makes no FLAC of less than 16 samples
+SAMPLES = struct.pack("<4f", 0, 0.5, -0.5, 1) * TIMES
+AUDIO = Tensor(name="audio", datatype="FP32", shape=(4 * TIMES,), data=SAMPLES)
+PCM = struct.pack("<4h", 0, 16_384, -16_384, 32_767) * TIMES
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from http import HTTPStatus
+from typing import Any
 
 from vram_agent.protocol import AgentMode
 
@@ -27,7 +28,7 @@ from vram_operator.core.resources import (
     make_service,
     make_trust_config_map,
 )
-from vram_operator.core.snapshot import Agent, Pod, PushAnswer, Target
+from vram_operator.core.snapshot import Agent, Pod, PushAnswer, Snapshot, Target
 from vram_operator.core.turn import earliest
 from vram_operator.core.visit import Visit
 
@@ -56,34 +57,43 @@ class Upkeep:
 def plan_upkeep(visit: Visit) -> Upkeep:
     """Return what to apply and push.
 
-    1. A refused spec changes nothing, except that one the apiserver refused is tried again. What
-    another object is to blame for is looked at again: no watch tells of it.
-    2. The trust ConfigMap is kept in the namespace of every workload.
+    1. The trust ConfigMap is kept in the namespace of every workload: pods of a target that comes
+    later are to find it.
+    2. A refused spec changes nothing else, except that one the apiserver refused is tried again.
+    What another object is to blame for is looked at again: no watch tells of it.
     3. In template mode so are the ConfigMap, the Service and the Deployment.
     4. Agents that report another generation of the config are sent ours.
     5. Agents that refuse our calls are asked now and then whether they still do.
     """
-    if visit.refusal is not None and visit.refusal.reason is not Reason.INVALID_TEMPLATE:  # 1
+    trust = tuple(_plan_trust(visit.snapshot))  # 1
+    if visit.refusal is not None and visit.refusal.reason is not Reason.INVALID_TEMPLATE:  # 2
         mends_itself = visit.refusal.reason in _OTHERS_MEND
-        return Upkeep((), requeue_at=visit.now + OTHERS_MEND_WITHIN if mends_itself else None)
-    objects = tuple(_plan_objects(visit))  # 2, 3
+        return Upkeep(trust, requeue_at=visit.now + OTHERS_MEND_WITHIN if mends_itself else None)
+    objects = (*trust, *_plan_objects(visit))  # 3
     pushes, again = _plan_pushes(visit)  # 4
     knocks, knock_at = _plan_knocks(visit)  # 5
     return Upkeep(objects, (*pushes, *knocks), earliest([again, knock_at]))
 
 
+def _plan_trust(snapshot: Snapshot) -> Iterator[EnsureObject]:
+    if snapshot.public_keys:
+        yield from _unless_there(snapshot, make_trust_config_map(snapshot))
+
+
 def _plan_objects(visit: Visit) -> Iterator[EnsureObject]:
-    snapshot = visit.snapshot
-    workload, template = snapshot.workload, snapshot.workload.spec.template
-    manifests = [make_trust_config_map(snapshot)] if snapshot.public_keys else []
-    if template is not None:
-        manifests += [make_config_map(workload), make_service(workload)]
+    snapshot, template = visit.snapshot, visit.snapshot.workload.spec.template
+    if template is None:
+        return
+    workload = snapshot.workload
+    yield from _unless_there(snapshot, make_config_map(workload), make_service(workload))
+    yield from _plan_deployment(visit, template, snapshot.target)
+
+
+def _unless_there(snapshot: Snapshot, *manifests: dict[str, Any]) -> Iterator[EnsureObject]:
     for manifest in manifests:
         found = snapshot.find_object(manifest["kind"], manifest["metadata"]["name"])
         if found is None or found.content_hash != content_hash(manifest):
             yield EnsureObject(manifest=manifest)
-    if template is not None:
-        yield from _plan_deployment(visit, template, snapshot.target)
 
 
 def _plan_deployment(

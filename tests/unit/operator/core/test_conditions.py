@@ -10,6 +10,7 @@ import pytest
 from msgspec import structs
 from vram_agent.protocol import ModelState, ResidualSource, VramPolicy
 from vram_operator.api import (
+    TRUST_CONFIG_MAP,
     Condition,
     PodTemplate,
     RestartMethod,
@@ -20,7 +21,7 @@ from vram_operator.api import (
     decode,
     encode,
 )
-from vram_operator.core.plan import EmitEvent, PatchWorkloadStatus, Plan
+from vram_operator.core.plan import EmitEvent, EnsureObject, PatchWorkloadStatus, Plan
 from vram_operator.core.planning import plan
 from vram_operator.core.snapshot import OwnedObject, PushAnswer, Rival, Snapshot
 
@@ -81,6 +82,19 @@ def template(**fields: Any) -> dict[str, Any]:
 
 REFERENCE = make_workload(spec=make_reference_spec())
 FOREIGN = OwnedObject(kind="Service", name="speech", owner_uid="someone")
+
+
+def made(planned: Plan) -> set[str]:
+    """The names of the objects that a plan makes or mends."""
+    return {
+        one.manifest["metadata"]["name"] for one in planned.actions if isinstance(one, EnsureObject)
+    }
+
+
+def test_a_target_that_comes_later_finds_the_keys_in_its_namespace() -> None:
+    planned = plan(make_snapshot(workload=REFERENCE, target=None, objects=()), NOW)
+    assert condition(planned, "Accepted").reason == "TargetNotFound"
+    assert made(planned) == {TRUST_CONFIG_MAP}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +178,12 @@ def test_accepted(snapshot: Snapshot, reason: str, message: str) -> None:
     assert found.status == ("True" if reason == "Accepted" else "False")
     if reason != "Accepted":
         assert condition(planned, "Ready").reason == "NotAccepted"
-        assert {type(one) for one in planned.actions} <= {PatchWorkloadStatus, EmitEvent}
+        assert {type(one) for one in planned.actions} <= {
+            PatchWorkloadStatus,
+            EmitEvent,
+            EnsureObject,
+        }
+        assert made(planned) <= {TRUST_CONFIG_MAP}
 
 
 @pytest.mark.parametrize(

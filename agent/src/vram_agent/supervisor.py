@@ -306,7 +306,8 @@ class Supervisor:
             self._requests.finish(cell, waiting, outcome)
         if isinstance(outcome.error, NotResidentError | WorkerDiedError):
             self._transitions.sync(cell.group, Reason.WORKER_DIED)
-        self._pump()
+        # After those who have their answer now: what is decided next is not theirs to wait for.
+        asyncio.get_running_loop().call_soon(self._pump)
 
     async def _move(self, step: Step, cell: ModelCell) -> None:
         group = self._open(cell.group)

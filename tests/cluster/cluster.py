@@ -106,14 +106,21 @@ class Cluster:
 
         Pods then say ``imagePullPolicy: Never``. Blocks; about 10 s for 500 MB.
         """
+        return node.import_image(self._enter_node(f"load {archive}"), archive)
+
+    def tag_image(self, reference: str, other: str) -> None:
+        """Give an image of the node another name as well."""
+        node.tag_image(self._enter_node(f"tag {reference}"), reference, other)
+
+    def _enter_node(self, what: str) -> list[str]:
         known = state.load(self.directory)
         holder = known.holder() if known else None
         if holder is None or not holder.is_alive():
             raise ClusterError(
-                f"cannot load {archive}: {self.directory} has no running node of ours; start one "
+                f"cannot {what}: {self.directory} has no running node of ours; start one "
                 "with level node, or push the image where your own cluster pulls from"
             )
-        return node.import_image(namespaces.enter_all(holder.pid), archive)
+        return namespaces.enter_all(holder.pid)
 
 
 def up(level: Level, directory: Path) -> Cluster:

@@ -170,3 +170,11 @@ def import_image(enter: Sequence[str], image: Path) -> list[str]:
             "`docker save`, `buildah push … docker-archive:` or `oci-archive:`"
         )
     return re.findall(r"^unpacking (\S+) \(", done.stdout, re.MULTILINE)
+
+
+def tag_image(enter: Sequence[str], reference: str, other: str) -> None:
+    """Give an image that containerd has another name as well."""
+    command = [*enter, "ctr", "--namespace=k8s.io", "images", "tag", reference, other]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ClusterError(f"containerd refused to tag {reference}: {done.stderr.strip()}")

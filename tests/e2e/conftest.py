@@ -19,7 +19,10 @@ from tests.e2e.workloads import LEAKY, workload
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is here, and run it first but for the schedule, whose clock runs meanwhile."""
+    """Mark what is here, and run it first.
+
+    Later come the schedule, whose clock runs meanwhile, and the upgrade, which all others share.
+    """
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
@@ -29,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
         if here not in item.path.parents:
             return 1
-        return 2 if item.path.stem == "test_schedule" else 0
+        return 2 if item.path.stem in {"test_schedule", "test_upgrade"} else 0
 
     items.sort(key=place)
 

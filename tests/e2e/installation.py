@@ -15,6 +15,8 @@ from tests.e2e.system import System
 from tests.support.project_images import AGENT_EXTRAS, chart_values, project_image
 
 ROOT = Path(__file__).parents[2]
+CHART = ROOT / "charts/vram-operator"
+RELEASE = "vram-operator"
 OPERATOR_NAMESPACE = "vram-system"
 NAMESPACE = "models"
 QUICKLY = "--poll-interval=2,--schedule-jitter=0"
@@ -26,22 +28,33 @@ def install(node: cluster.Cluster, extras: str = AGENT_EXTRAS) -> System:
     operator, agent = project_image("operator"), project_image("agent", extras)
     for image in (operator, agent):
         node.load_image(image.archive)
+    install_chart(node, chart_values(operator, agent))
+    return prepare(node)
+
+
+def install_chart(node: cluster.Cluster, images: dict[str, str]) -> None:
+    """Install the release, and wait until it runs."""
+    helm(
+        node,
+        *("install", RELEASE, str(CHART), "--create-namespace", "--wait", "--timeout", "180s"),
+        *(f"--set={key}={value}" for key, value in images.items()),
+        f"--set=extraArgs={{{QUICKLY}}}",
+    )
+
+
+def helm(node: cluster.Cluster, *arguments: str) -> str:
+    """Run helm in the operator's namespace; fails with its complaint."""
     done = subprocess.run(
         [
-            str(build.helm()),
-            f"--kubeconfig={node.kubeconfig}",
-            *("install", "vram-operator", str(ROOT / "charts/vram-operator")),
-            *("--namespace", OPERATOR_NAMESPACE, "--create-namespace"),
-            *("--wait", "--timeout", "180s"),
-            *(f"--set={key}={value}" for key, value in chart_values(operator, agent).items()),
-            f"--set=extraArgs={{{QUICKLY}}}",
+            *(str(build.helm()), f"--kubeconfig={node.kubeconfig}"),
+            *(f"--namespace={OPERATOR_NAMESPACE}", *arguments),
         ],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return prepare(node)
+    return done.stdout
 
 
 def prepare(node: cluster.Cluster) -> System:

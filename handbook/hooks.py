@@ -17,9 +17,11 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "bench/README.md")
-OUTSIDE_FOLDERS = ("examples", "charts/vram-operator", "tests/cluster")
+OUTSIDE_FOLDERS = ("examples", "charts/vram-operator", "deploy", "tests/cluster")
 _AREA = "repository"
-_LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
+_LINK = re.compile(
+    r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)"
+)
 _CODE = re.compile(r"^( *)(`{3,}|~{3,}).*?^\1\2$", re.DOTALL | re.MULTILINE)
 
 
@@ -42,7 +44,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         uri = moved(target, present)
         if uri is None:
             return text if target in text else f"{text} (`{target}`)"
-        return f"[{text}]({posixpath.relpath(uri, posixpath.dirname(page.file.src_uri))}{anchor})"
+        place = posixpath.relpath(uri, posixpath.dirname(page.file.src_uri))
+        return f"{match['image']}[{text}]({place}{anchor})"
 
     kept, end = [], 0
     for code in _CODE.finditer(markdown):

@@ -23,12 +23,12 @@ from tests.e2e.workloads import LEAKY, leak_request, workload
 from tests.support.project_images import chart_values, project_image
 
 NAME = "lasting"
+BUDGET = "keep-lasting"
 NEXT = "0.2.0-next"
 WAIT = ("--wait", "--timeout", "180s")
 
 
-def restart(system: System, name: str) -> Json:
-    """Ask for the deletion of the workload's pod, and wait for what comes of it."""
+def ask_for_deletion(system: System, name: str) -> None:
     pod = {"name": system.pod(NAME)["metadata"]["name"]}
     system.apply(
         {
@@ -39,6 +39,8 @@ def restart(system: System, name: str) -> Json:
         }
     )
 
+
+def end_of(system: System, name: str) -> Json:
     def ended() -> Json | None:
         found = system.get("gpr", name)
         return found if found.get("status", {}).get("outcome") else None
@@ -110,7 +112,7 @@ def lasting(system: System) -> System:
         {
             "apiVersion": "policy/v1",
             "kind": "PodDisruptionBudget",
-            "metadata": {"name": "keep-lasting"},
+            "metadata": {"name": BUDGET},
             "spec": {
                 "minAvailable": 1,
                 "selector": {"matchLabels": {"vram.dev/workload": NAME}},
@@ -123,7 +125,8 @@ def lasting(system: System) -> System:
 
 def test_without_leave_no_pod_is_deleted(lasting: System) -> None:
     before = what_runs(lasting)
-    refused = restart(lasting, "not-yet")
+    ask_for_deletion(lasting, "not-yet")
+    refused = end_of(lasting, "not-yet")
     assert refused["status"]["outcome"] == "Failed", refused
     assert find_condition(refused, "Admitted")["reason"] == "DeleteNotAllowed"
     assert what_runs(lasting) == before
@@ -154,9 +157,18 @@ def spec_with_queue(depth: int) -> Json:
     return {**spec, "queue": {"maxDepth": depth}}
 
 
-def test_with_leave_a_pod_is_deleted_past_its_budget(lasting: System) -> None:
+def test_with_leave_a_pod_is_deleted_once_its_budget_allows(lasting: System) -> None:
     before = lasting.pod(NAME)["metadata"]["uid"]
-    done = restart(lasting, "with-leave")
+    ask_for_deletion(lasting, "with-leave")
+
+    def blocker() -> str | None:
+        found = find_condition(lasting.get("gpr", "with-leave"), "Admitted")
+        return found["message"] if found.get("reason") == "PodDisruptionBudget" else None
+
+    assert BUDGET in lasting.wait("the budget to be named", 60, blocker)
+    assert lasting.pod(NAME)["metadata"]["uid"] == before
+    lasting.kubectl("delete", "pdb", BUDGET)
+    done = end_of(lasting, "with-leave")
     assert done["status"]["outcome"] == "Recovered", done
     assert [one["method"] for one in done["status"]["attempts"]] == ["Delete"]
     assert lasting.pod(NAME)["metadata"]["uid"] != before

@@ -105,6 +105,20 @@ def the_answer_of_an_agent_is_lost(world: Trouble) -> None:
     assert len(world.fleet.judge.executions) >= 1
 
 
+def the_answer_that_gave_a_place_is_lost(world: Trouble) -> None:
+    world.begin(pods=1, cap=1, max_unavailable=1, lease_is_ignored=False)
+    for index in (0, 1):
+        world.a_pod_leaks(index, sticky=False)
+    world.all_hear()
+    for name in ("vision", "speech"):
+        world.a_visit(0, name)
+    world.a_visit_whose_requests_fail(0, "vision", [Fault.UNANSWERED])
+    world.a_visit(0, "speech")
+    for _ in range(4):
+        world.settle()
+    assert len(world.fleet.judge.executions) >= 2
+
+
 def no_limit(*_: object) -> int:
     return 1000
 
@@ -115,6 +129,10 @@ def ever_fresh(_: float) -> float:
 
 def places_given_out_at_random(*_: object) -> bool:
     return False
+
+
+async def nobody_looks(_: object) -> None:
+    """Take a write without an answer for one that was not made."""
 
 
 def another_name(*_: object) -> str:
@@ -144,6 +162,12 @@ CASES = {
         two_workloads_ask_for_the_last_place_at_once,
         (reconcile, "takes_a_place"),
         places_given_out_at_random,
+        "above the cap",
+    ),
+    "the fate of a write without an answer": Case(
+        the_answer_that_gave_a_place_is_lost,
+        (apply.Applier, "settle"),
+        nobody_looks,
         "above the cap",
     ),
     "freshness when it is decided": Case(
@@ -196,19 +220,3 @@ def test_the_judge_sees_that_the_rule_is_broken(
     monkeypatch.setattr(*case.rule, case.broken)
     case.play(world)
     assert any(case.complaint in one for one in world.fleet.judge.violations)
-
-
-def test_a_place_stays_taken_although_the_answer_that_gave_it_was_lost(world: Trouble) -> None:
-    world.begin(pods=1, cap=1, max_unavailable=1, lease_is_ignored=False)
-    for index in (0, 1):
-        world.a_pod_leaks(index, sticky=False)
-    world.all_hear()
-    for name in ("vision", "speech"):
-        world.a_visit(0, name)
-    world.a_visit_whose_requests_fail(0, "vision", [Fault.UNANSWERED])
-    world.a_visit(0, "speech")
-    assert world.fleet.judge.most_active == 1
-    for _ in range(4):
-        world.settle()
-    assert len(world.fleet.judge.executions) == 2
-    world.come_to_rest()

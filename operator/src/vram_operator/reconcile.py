@@ -75,6 +75,7 @@ class Reconciler:
                 return await self._apply(key, snapshot, planned)
             # Places under the cluster's cap are given out one at a time, from fresh figures.
             async with self._admission:
+                await self._applier.settle()
                 snapshot = await self._gatherer.gather(key)
                 if snapshot is None:
                     return 0.0

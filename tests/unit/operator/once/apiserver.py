@@ -17,7 +17,7 @@ from typing import Any
 
 from vram_operator.clock import Clock, format_time
 from vram_operator.handlers import WATCHED
-from vram_operator.kube import APPLY_PATCH, EVENTS, PODS, Api, Call, Object, Resource
+from vram_operator.kube import APPLY_PATCH, EVENTS, PODS, RESTARTS, Api, Call, Object, Resource
 
 Place = tuple[str, str]
 
@@ -65,6 +65,8 @@ class Apiserver:
     budget_allows: bool = True
     on_evict: Callable[[Object], None] = lambda _: None
     on_create: Callable[[str, Object], None] = lambda _who, _obj: None
+    on_status: Callable[[str, Object, Object], None] = lambda _who, _before, _after: None
+    """Told of each status of a GPUPodRestart that is written."""
 
     # --- for the world ----------------------------------------------------------------------------
 
@@ -127,7 +129,10 @@ class Apiserver:
             else:
                 self.remove(collection, name)
             return {}
-        return copy.deepcopy(self.store(collection, _changed(known, call, subresource)))
+        after = self.store(collection, _changed(known, call, subresource))
+        if subresource == "status" and collection == RESTARTS.path("lab"):
+            self.on_status(who, known, after)
+        return copy.deepcopy(after)
 
     @staticmethod
     def _split(path: str) -> tuple[str, str, str]:

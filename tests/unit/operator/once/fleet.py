@@ -1,52 +1,33 @@
-"""Two workloads with their pods, kubelet and agents, and replicas of the operator that act on them.
+"""Two workloads with their pods, kubelet and agents, and the judge of what is done to them.
 
-The replicas run the real gather, plan and apply; only the wire, the agents and the time are of
-memory. What the agents really did is kept in ``executions``, and what went wrong at the moment that
-it happened in ``violations``.
+Only the wire, the agents and the time are of memory; see `replica` for who acts on them.
 """
 
 from __future__ import annotations
 
-import asyncio
-import copy
-from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from vram_agent.protocol import ActionReport, ActionState, ActionStep, Report
-from vram_operator.agent_client import AgentAddress, AgentError, Answer
+from vram_agent.protocol import ActionReport, ActionState, ActionStep
 from vram_operator.api import ResidualPolicy, encode
-from vram_operator.apply import Applier, Tools
-from vram_operator.cache import Cache, Key
 from vram_operator.clock import format_time
 from vram_operator.core.snapshot import Settings
-from vram_operator.events import EventWriter
-from vram_operator.facts import Facts
-from vram_operator.gather import Gatherer, is_active
 from vram_operator.kube import DEPLOYMENTS, PODS, RESTARTS, WORKLOADS, Object
-from vram_operator.metrics import Metrics
-from vram_operator.queue import RetryError
-from vram_operator.reconcile import Reconciler
-from vram_operator.resync import resync
 
 from tests.support.factories import (
     NOW,
-    make_pod,
     make_policy,
-    make_report,
     make_settings,
     make_template_spec,
     rfc3339,
 )
-from tests.unit.operator.once.apiserver import Apiserver, Crash, MemoryApi
+from tests.unit.operator.once.apiserver import Apiserver
+from tests.unit.operator.once.judge import Execution, Judge
 
 NAMESPACE = "lab"
-THRESHOLD_GIB = 8.0
-FRESH = timedelta(seconds=30)
-"""Nothing is done to a pod on the word of an agent that is older."""
 START = timedelta(seconds=3)
-KEEP_SECONDS = 600
+COOLDOWN_SECONDS = 60
 
 
 @dataclass
@@ -60,15 +41,6 @@ class FakeClock:
 
     def monotonic(self) -> float:
         return (self.moment - NOW).total_seconds()
-
-
-@dataclass(frozen=True)
-class Execution:
-    """Something that an agent really did; ``life`` is pod, boot and epoch before it."""
-
-    life: tuple[str, int, int]
-    restart_id: str
-    step: ActionStep
 
 
 @dataclass
@@ -92,36 +64,30 @@ class Agent:
         return self.running_since is not None and not self.is_silent
 
 
-@dataclass
-class Heard:
-    """The last word of an agent to one replica."""
-
-    at: datetime
-    boot: int
-    epoch: int
-    residual_gib: float
-
-
 class Fleet:
-    """The cluster. ``cap`` is of all workloads, ``max_unavailable`` of each."""
+    """The cluster: ``pods`` of each workload, each on a node of its own.
 
-    def __init__(self, pods: int = 2, cap: str = "1", max_unavailable: int = 1) -> None:
+    ``cap`` is of all workloads, ``max_unavailable`` of each.
+    """
+
+    def __init__(self, pods: int = 2, cap: int = 1, max_unavailable: int = 1) -> None:
         self.clock = FakeClock()
         self.server = Apiserver(self.clock)
         self.server.on_evict = self.replace_pod
-        self.server.on_create = self._judge_creation
-        self.settings: Settings = make_settings(max_concurrent_restarts=cap)
+        self.judge = Judge(self.clock, self.restarts, cap, max_unavailable)
+        self.server.on_create = self.judge.see_creation
+        self.server.on_status = self.judge.see_status
+        self.settings: Settings = make_settings(max_concurrent_restarts=str(cap))
         self.names = ("speech", "vision")
         self.agents: dict[str, Agent] = {}
-        self.executions: list[Execution] = []
-        self.violations: list[str] = []
-        self.replicas: list[Replica] = []
         self.pods = pods
         self._number = 0
         for name in self.names:
             residual = ResidualPolicy(threshold="8Gi", for_seconds=0, min_samples=1)
             policy = make_policy(
-                max_unavailable=max_unavailable, cooldown_seconds=60, residual=residual
+                max_unavailable=max_unavailable,
+                cooldown_seconds=COOLDOWN_SECONDS,
+                residual=residual,
             )
             spec = make_template_spec(restart=policy)
             body = encode(spec)
@@ -135,6 +101,12 @@ class Fleet:
 
     def collection(self, resource: Any) -> list[Object]:
         return self.server.items(resource.path(NAMESPACE))
+
+    def restarts(self) -> list[Object]:
+        return self.collection(RESTARTS)
+
+    def open(self) -> list[Object]:
+        return [one for one in self.restarts() if not (one.get("status") or {}).get("outcome")]
 
     def pod_names(self) -> list[str]:
         return sorted(pod["metadata"]["name"] for pod in self.collection(PODS))
@@ -238,7 +210,7 @@ class Fleet:
 
     def _act(self, pod: Object, agent: Agent, action: ActionReport) -> None:
         life = (agent.uid, agent.boot, agent.epoch)
-        self.executions.append(Execution(life, action.restart_id, action.step))
+        self.judge.see_execution(Execution(life, action.restart_id, action.step))
         if action.step is ActionStep.IN_PLACE:
             self.exit_container(pod["metadata"]["name"])
             return
@@ -302,203 +274,6 @@ class Fleet:
         changed = {**raw, "metadata": {**raw["metadata"], "annotations": annotations}}
         self.server.store(WORKLOADS.path(NAMESPACE), changed)
 
-    # --- what must hold ---------------------------------------------------------------------------
-
-    def active(self) -> list[Object]:
-        return [one for one in self.collection(RESTARTS) if is_active(one)]
-
-    def open(self) -> list[Object]:
-        return [
-            one for one in self.collection(RESTARTS) if not (one.get("status") or {}).get("outcome")
-        ]
-
-    def check(self, replicas_at_once: int, cap: int, max_unavailable: int) -> None:
-        """Assert the rules; several replicas that act at once may each fill the caps."""
-        assert not self.violations, self.violations
-        lives = [one.life for one in self.executions]
-        assert len(lives) == len(set(lives)), f"one life was ended twice: {self.executions}"
-        ids = [one.restart_id for one in self.executions]
-        assert len(ids) == len(set(ids)), f"one restart ID was carried out twice: {ids}"
-        # A step is written down before it is asked for, and each that is written is done once.
-        written = sum(
-            attempt["method"] in {"Recycle", "InPlace"}
-            for one in self.collection(RESTARTS)
-            for attempt in (one.get("status") or {}).get("attempts") or []
-        )
-        assert len(self.executions) <= written, f"more than was written: {self.executions}"
-        active = self.active()
-        assert len(active) <= cap * replicas_at_once, f"cap: {_names(active)}"
-        for name in self.names:
-            own = [one for one in active if one["spec"]["workload"] == name]
-            assert len(own) <= max_unavailable * replicas_at_once, f"maxUnavailable: {_names(own)}"
-        keys = [
-            one["spec"]["pod"]["uid"]
-            for one in self.open()
-            if one["spec"].get("trigger", "Manual") == "Residual"
-        ]
-        assert len(keys) == len(set(keys)), "a pod has two open restarts for one reason"
-
-    def _judge_creation(self, who: str, obj: Object) -> None:
-        spec = obj.get("spec") or {}
-        if spec.get("trigger") != "Residual":
-            return
-        replica = next(one for one in self.replicas if one.who == who)
-        heard = replica.heard.get(spec["pod"]["uid"])
-        if heard is None or self.clock.now() - heard.at > FRESH:
-            self.violations.append(f"{obj['metadata']['name']}: decided on stale evidence")
-        elif heard.residual_gib <= THRESHOLD_GIB:
-            self.violations.append(f"{obj['metadata']['name']}: decided below the threshold")
-
 
 def _restarts(pod: Object) -> int:
     return int(pod["status"]["containerStatuses"][0]["restartCount"])
-
-
-def _names(objects: list[Object]) -> list[str]:
-    return [one["metadata"]["name"] for one in objects]
-
-
-@dataclass
-class Replica:
-    """One process of the operator, from its start to its crash."""
-
-    fleet: Fleet
-    who: str
-    loop: asyncio.AbstractEventLoop
-    seen: int = 0
-    """How much of the apiserver's log its watches have shown."""
-    heard: dict[str, Heard] = field(default_factory=dict)
-    crash_at_call: str = ""
-
-    def __post_init__(self) -> None:
-        fleet = self.fleet
-        self.api = MemoryApi(fleet.server, self.who, lambda: None)
-        self.cache = Cache(fleet.clock)
-        self.facts = Facts()
-        agents: Any = self
-        metrics = Metrics()
-        gatherer = Gatherer(self.api, self.cache, self.facts, fleet.clock, fleet.settings)
-        gatherer.public_keys = lambda: "-----BEGIN PUBLIC KEY-----\n"
-        self.applier = Applier(
-            Tools(
-                api=self.api,
-                agents=agents,
-                cache=self.cache,
-                facts=self.facts,
-                events=EventWriter(self.api, fleet.clock, self.who),
-                metrics=metrics,
-                clock=fleet.clock,
-            )
-        )
-        self.reconciler = Reconciler(gatherer, self.applier, metrics, fleet.clock)
-
-    # --- what the operator's shell does around visits ---------------------------------------------
-
-    def start(self) -> None:
-        """List everything and ask every agent, as before the first visit."""
-        self.resync()
-        self.listen()
-
-    def resync(self) -> None:
-        self.run(resync(self.api, self.cache, (NAMESPACE,)))
-        self.seen = len(self.fleet.server.log)
-        self.facts.retain({pod["metadata"]["uid"] for pod in self.cache.every(PODS)})
-
-    def watch(self, count: int) -> None:
-        """The watches show the next events."""
-        for event in self.fleet.server.log[self.seen : self.seen + count]:
-            self._observe(event)
-        self.seen = min(self.seen + count, len(self.fleet.server.log))
-
-    def watch_again(self, start: int, count: int) -> None:
-        """The watches show old events once more, as after a reconnection."""
-        for event in self.fleet.server.log[: self.seen][start : start + count]:
-            if not event.deleted:
-                self._observe(event)
-
-    def _observe(self, event: Any) -> None:
-        obj = copy.deepcopy(event.obj)
-        if event.deleted:
-            self.cache.observe_deletion(event.resource, obj)
-            if event.resource is PODS:
-                self.facts.forget(obj["metadata"]["uid"])
-        else:
-            self.cache.observe(event.resource, obj)
-
-    def listen(self) -> None:
-        """Ask every agent that is known for its report."""
-        for pod in list(self.cache.every(PODS)):
-            uid = pod["metadata"]["uid"]
-            try:
-                report = self._report(AgentAddress(pod["status"]["podIP"], 8001, uid))
-            except AgentError as error:
-                self.facts.record_silence(uid, str(error))
-            else:
-                self.facts.record_report(uid, report, self.fleet.clock.now(), KEEP_SECONDS)
-
-    def _report(self, address: AgentAddress) -> Report:
-        agent = self.fleet.at(address.ip)
-        if agent is None or not agent.is_reachable or agent.uid != address.pod_uid:
-            raise AgentError("no answer")
-        now = self.fleet.clock.now()
-        self.heard[agent.uid] = Heard(now, agent.boot, agent.epoch, agent.residual_gib)
-        pod = make_pod("any", uid=agent.uid)
-        return make_report(
-            pod,
-            agent.residual_gib,
-            now,
-            boot_id=f"{agent.uid}-boot-{agent.boot}",
-            epoch=agent.epoch,
-            action=agent.action,
-            config_generation=agent.generation,
-        )
-
-    async def call(self, address: AgentAddress, method: str, path: str, body: Any) -> Answer:
-        """Stand for the client of the agents."""
-        for _ in range(self.api.yields):
-            await asyncio.sleep(0)
-        if self.crash_at_call == "before" and path in {"/recycle", "/restart"}:
-            raise Crash
-        agent = self.fleet.at(address.ip)
-        if agent is None or not agent.is_reachable:
-            return Answer(0, "no answer")
-        if agent.uid != address.pod_uid:
-            return Answer(401, "the token is for another pod")
-        status = 200
-        if method == "PUT":
-            agent.generation = body["metadata"]["generation"]
-        elif path in {"/recycle", "/restart"}:
-            status = self._order(agent, path, body["restartID"])
-        if agent.lost_answers:
-            agent.lost_answers -= 1
-            return Answer(0, "the answer was lost")
-        return Answer(status)
-
-    def _order(self, agent: Agent, path: str, restart_id: str) -> int:
-        heard = self.heard.get(agent.uid)
-        if heard is None or self.fleet.clock.now() - heard.at > FRESH:
-            self.fleet.violations.append(f"{restart_id}: ordered on stale evidence")
-        step = ActionStep.RECYCLE if path == "/recycle" else ActionStep.IN_PLACE
-        status = self.fleet.begin(agent, restart_id, step)
-        if self.crash_at_call == "after":
-            raise Crash
-        return status
-
-    # --- visits -----------------------------------------------------------------------------------
-
-    async def visit(self, key: Key) -> None:
-        """Visit once; what the queue would repeat later ends the visit."""
-        try:
-            await self.reconciler.reconcile(key)
-        except RetryError:
-            return
-
-    def run(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Run on the loop until it ends, slow calls of it included."""
-
-        async def whole() -> None:
-            await work
-            for _ in range(2 + 4 * self.api.yields):
-                await asyncio.sleep(0)
-
-        self.loop.run_until_complete(whole())

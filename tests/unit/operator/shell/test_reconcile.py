@@ -56,6 +56,9 @@ class Apiserver:
             raise StaleError("the workload has changed")
         self.actions += planned.actions
 
+    async def settle(self) -> None:
+        """Every write was answered."""
+
 
 def missed() -> Snapshot:
     policy = make_policy(schedule="30 * * * *", starting_deadline_seconds=60)

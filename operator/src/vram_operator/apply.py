@@ -15,7 +15,14 @@ from itertools import groupby
 import structlog
 
 from vram_operator.agent_client import AgentClient
-from vram_operator.api import API_VERSION, RESTART_KIND, WORKLOAD_KIND, Reason, encode
+from vram_operator.api import (
+    API_VERSION,
+    RESTART_KIND,
+    WORKLOAD_KIND,
+    Reason,
+    RestartOutcome,
+    encode,
+)
 from vram_operator.cache import Cache, Key
 from vram_operator.clock import Clock
 from vram_operator.core.plan import (
@@ -198,6 +205,8 @@ class Applier:
         known = self._cache.find(RESTARTS, namespace, action.name)
         if known is None or known["metadata"]["uid"] != action.uid:
             raise StaleError(f"GPUPodRestart {action.name} is gone")
+        if action.finished is RestartOutcome.SKIPPED:
+            await self._live.ensure_no_news(namespace, known["spec"]["pod"]["name"])
         body = _status_body(known, RESTART_KIND, action.resource_version, status)
         await self._write_status(RESTARTS, body)
         if action.finished is not None:

@@ -48,6 +48,15 @@ class Live:
             raise StaleError(f"pod {pod.name} with uid {pod.uid} is gone")
         return live
 
+    async def ensure_no_news(self, namespace: str, pod_name: str) -> None:
+        """Raise StaleError if there is a pod of that name that the watches have not shown as it is.
+
+        A list may be older than the pod; what is decided because a pod is missing cannot be undone.
+        """
+        live = await self._api.find(PODS.path(namespace, pod_name))
+        if live is not None and self._cache.observe(PODS, live) is not None:
+            raise StaleError(f"pod {pod_name} is not as the watches showed it")
+
     async def ensure_open(self, namespace: str, restart_name: str) -> None:
         """Raise StaleError unless the GPUPodRestart is as the plan saw it and not finished."""
         known = self._cache.find(RESTARTS, namespace, restart_name)

@@ -246,3 +246,22 @@ async def test_an_agent_whose_key_was_mended_is_found_out_by_a_call_that_does_no
     assert bench.agents.calls[-1][:2] == ("POST", "/models/-/unload")
     mended = bench.facts.agent("u1")
     assert (mended.refuses, mended.refused_at) == (False, None)
+
+
+async def test_a_pod_that_no_watch_has_shown_is_not_taken_for_gone() -> None:
+    bench = Bench()
+    bench.server.objects[PODS.path(NAMESPACE, "speech-2")] = raw_pod(name="speech-2", uid="u2")
+    live = Live(bench.server, bench.cache)  # type: ignore[arg-type]
+    with pytest.raises(StaleError, match="speech-2"):
+        await live.ensure_no_news(NAMESPACE, "speech-2")
+    # The next plan knows it; what it decides then is not held up again.
+    assert bench.cache.find(PODS, NAMESPACE, "speech-2") is not None
+    await live.ensure_no_news(NAMESPACE, "speech-2")
+
+
+async def test_a_pod_that_is_gone_is_no_news() -> None:
+    bench = Bench()
+    live = Live(bench.server, bench.cache)  # type: ignore[arg-type]
+    await live.ensure_no_news(NAMESPACE, "speech-1")
+    del bench.server.objects[PODS.path(NAMESPACE, "speech-1")]
+    await live.ensure_no_news(NAMESPACE, "speech-1")

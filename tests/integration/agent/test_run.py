@@ -197,7 +197,7 @@ async def test_a_gradio_application_leaks_and_is_cured(start_wrapped: StartWrapp
 
     agent = await start_wrapped(
         [sys.executable, str(APPS / "gradio_app.py"), str(port)],
-        run={"ready": {"http": url}, "idle": {"quietSeconds": 2}},
+        run={"ready": {"http": url}, "idle": {"quietSeconds": 2, "cpuPercent": 20}},
     )
     fresh = await agent.when(lambda r: r.idle and r.memory.model_bytes > 0)
     for _ in range(3):

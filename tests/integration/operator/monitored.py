@@ -150,6 +150,8 @@ async def _leak_and_recycle(monitored: Monitored) -> None:
     (recycled,) = await world.until_finished(1, 90)
     assert recycled["status"]["outcome"] == "Recovered", recycled["status"]
     await monitored.recognise("digits", 2)
+    # Seen before the next restart, with which the agent counts anew.
+    await monitored.until("vram_agent_worker_restarts_total")
 
 
 async def _restart_in_place(monitored: Monitored) -> None:
